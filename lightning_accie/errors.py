@@ -1,0 +1,23 @@
+"""The errors a user can meet. Each message says what happened and what to do."""
+
+from __future__ import annotations
+
+
+class InfluenceError(RuntimeError):
+    """Base of the errors of this package."""
+
+
+class UnsupportedError(InfluenceError):
+    """Something in the module, the trainer or the data cannot be captured or replayed."""
+
+
+class TrajectoryError(InfluenceError):
+    """A trajectory on disk is missing, damaged, too new, or belongs to something else."""
+
+
+class ReplayMismatchError(InfluenceError):
+    """The replayed run departs from the recorded one."""
+
+
+class QueryError(InfluenceError):
+    """The query (``monitor=``) cannot be found, or cannot be differentiated."""
