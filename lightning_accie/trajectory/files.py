@@ -1,0 +1,213 @@
+"""The files of a trajectory's directory: their names, and how they are written and read.
+
+Nothing is written but through `write`, and nothing a manifest names is read but through `read`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+from lightning_accie.errors import TrajectoryError
+
+MANIFEST = "manifest.json"
+CHECKPOINTS = "checkpoints"
+CHUNK_NAME = re.compile(r"steps-[0-9]{6,}\.safetensors")
+CHECKPOINT_NAME = re.compile(rf"{CHECKPOINTS}/step-[0-9]{{9,}}\.safetensors")
+_TEMPORARY = ".tmp"
+
+DAMAGED = "Copy the trajectory again from where it was recorded, or record the run again."
+"""What to do about a file that is not as it was written."""
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """A file as it was written.
+
+    Attributes:
+        file: its name relative to the trajectory's directory, with ``/``.
+        bytes: its size.
+        sha256: of its content, in hexadecimal.
+    """
+
+    file: str
+    bytes: int
+    sha256: str
+
+
+def chunk_name(number: int) -> str:
+    """The name of a chunk of the step log.
+
+    Args:
+        number: chunks are counted from 0 as they are written.
+
+    Returns:
+        The name relative to the trajectory's directory.
+    """
+    return f"steps-{number:06d}.safetensors"
+
+
+def checkpoint_name(step: int) -> str:
+    """The name of a checkpoint's file.
+
+    Args:
+        step: t, the step before which the state was kept.
+
+    Returns:
+        The name relative to the trajectory's directory.
+    """
+    return f"{CHECKPOINTS}/step-{step:09d}.safetensors"
+
+
+def write(directory: Path, name: str, content: bytes) -> StoredFile:
+    """Write a file so that it is there either whole or not at all, even if the process is killed.
+
+    Args:
+        directory: the trajectory's directory.
+        name: the file's name in it.
+        content: all of the file.
+
+    Returns:
+        The file's entry for the manifest.
+
+    Raises:
+        OSError: where the file system refuses; nothing is left behind then.
+    """
+    path = directory / name
+    temporary = path.with_name(path.name + _TEMPORARY)
+    try:
+        _write_through(temporary, content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync_directory(path.parent)
+    return StoredFile(name, len(content), sha256(content).hexdigest())
+
+
+def read(directory: Path, stored: StoredFile) -> bytes:
+    """Read a file that must be as it was written.
+
+    Args:
+        directory: the trajectory's directory.
+        stored: the file's entry in the manifest.
+
+    Returns:
+        The content.
+
+    Raises:
+        TrajectoryError: where the file is missing or not as it was written.
+    """
+    check_size(directory, stored)
+    path = directory / stored.file
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise TrajectoryError(f"{path} cannot be read: {error.strerror}.") from error
+    if sha256(content).hexdigest() != stored.sha256:
+        raise TrajectoryError(f"{path} is damaged: its checksum is not the recorded one. {DAMAGED}")
+    return content
+
+
+def check_size(directory: Path, stored: StoredFile) -> None:
+    """Look whether a file is there and as large as it was, without reading it.
+
+    Args:
+        directory: the trajectory's directory.
+        stored: the file's entry in the manifest.
+
+    Raises:
+        TrajectoryError: where it is missing, or of another size.
+    """
+    path = directory / stored.file
+    try:
+        size = path.stat().st_size if path.is_file() else None
+    except OSError as error:
+        raise TrajectoryError(f"{path} cannot be read: {error.strerror}.") from error
+    if size is None:
+        raise TrajectoryError(f"{path} is missing. {DAMAGED}")
+    if size != stored.bytes:
+        raise TrajectoryError(
+            f"{path} is damaged: it has {size} bytes where {stored.bytes} were written. {DAMAGED}"
+        )
+
+
+def prepare(directory: Path, *, overwrite: bool) -> None:
+    """Make an empty directory for a new trajectory.
+
+    Args:
+        directory: where to; made if it is not there.
+        overwrite: whether a trajectory that is there may be deleted.
+
+    Raises:
+        TrajectoryError: where something is there that must not be deleted.
+        OSError: where the file system refuses.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise TrajectoryError(f"{directory} is a file. Choose a directory for the trajectory.")
+    directory.mkdir(parents=True, exist_ok=True)
+    present = _present(directory)
+    finished = [name for name in present if not name.endswith(_TEMPORARY)]
+    if finished and not overwrite:
+        raise TrajectoryError(
+            f"{directory} already holds a trajectory. Choose another directory, or pass "
+            "overwrite=True to delete it."
+        )
+    # The manifest goes first: no moment has one that names deleted files.
+    for name in sorted(present, key=lambda name: name != MANIFEST):
+        remove(directory, name)
+    (directory / CHECKPOINTS).mkdir(exist_ok=True)
+
+
+def remove(directory: Path, name: str) -> None:
+    """Delete a file of the trajectory; it may be gone already.
+
+    Args:
+        directory: the trajectory's directory.
+        name: the file's name in it.
+
+    Raises:
+        OSError: where the file system refuses.
+    """
+    (directory / name).unlink(missing_ok=True)
+
+
+def _present(directory: Path) -> list[str]:
+    # The trajectory's files that are there, half-written ones with them.
+    names = []
+    for path in sorted([*directory.iterdir(), *directory.glob(f"{CHECKPOINTS}/*")]):
+        name = path.relative_to(directory).as_posix()
+        if name == CHECKPOINTS and path.is_dir() and not path.is_symlink():
+            continue
+        if not _is_ours(name.removesuffix(_TEMPORARY)) or path.is_dir():
+            raise TrajectoryError(
+                f"{directory} holds something else than a trajectory: {name}. Move it away, or "
+                "choose another directory."
+            )
+        names.append(name)
+    return names
+
+
+def _is_ours(name: str) -> bool:
+    known = CHUNK_NAME.fullmatch(name) or CHECKPOINT_NAME.fullmatch(name)
+    return name == MANIFEST or known is not None
+
+
+def _write_through(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_directory(path: Path) -> None:
+    # Makes the new name durable. Windows cannot open directories, and has no need to.
+    if os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

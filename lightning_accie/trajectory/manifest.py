@@ -1,0 +1,220 @@
+"""The manifest: what a trajectory consists of.
+
+A trajectory is a directory:
+
+    manifest.json                           what is here, with the checksum of every file
+    steps-000000.safetensors, …             the step log, in chunks
+    checkpoints/step-000000000.safetensors, …   full states
+
+Every file is written under a temporary name, synced and renamed, and the manifest is written after
+the files that it names. So at any moment the manifest on disk names complete files only; whatever
+it does not name is left over from a writer that was stopped, and counts for nothing.
+
+The manifest is JSON: ``format``, ``version`` (of the format), ``writer`` (the package's version),
+``status`` and ``reason``, the caller's ``header``, the lists ``chunks`` and ``checkpoints``, and
+``checksum``, the SHA-256 of the same text without it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from hashlib import sha256
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, TypeVar
+
+from lightning_accie.errors import TrajectoryError
+from lightning_accie.trajectory.files import (
+    CHUNK_NAME,
+    DAMAGED,
+    MANIFEST,
+    StoredFile,
+    checkpoint_name,
+)
+
+FORMAT = "lightning_accie trajectory"
+VERSION = 1
+STATUSES = ("running", "finished", "interrupted", "failed", "stopped")
+
+_TYPES = {
+    "format": str,
+    "writer": str,
+    "status": str,
+    "reason": str,
+    "header": dict,
+    "chunks": list,
+    "checkpoints": list,
+    "checksum": str,
+}
+_StoredT = TypeVar("_StoredT", bound=StoredFile)
+
+
+@dataclass(frozen=True)
+class StoredChunk(StoredFile):
+    """A chunk of the step log: ``count`` steps from step ``first``."""
+
+    first: int
+    count: int
+
+
+@dataclass(frozen=True)
+class StoredCheckpoint(StoredFile):
+    """A checkpoint: the state before step ``step``."""
+
+    step: int
+
+
+def package_version() -> str:
+    """The version of this package, for the manifest.
+
+    Returns:
+        The installed version, or ``"source"`` where the package runs without being installed.
+    """
+    try:
+        return version("lightning_accie")
+    except PackageNotFoundError:
+        return "source"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a trajectory consists of.
+
+    Attributes:
+        header: the caller's own JSON values.
+        chunks: the step log, in order.
+        checkpoints: in order of their steps.
+        status: ``"running"`` while it is being written (or its writer was killed), then
+            ``"finished"``, ``"interrupted"`` (by the user), ``"failed"`` (training did) or
+            ``"stopped"`` (writing did).
+        reason: why, in words; may be empty.
+        writer: version of the package that wrote it.
+    """
+
+    header: dict[str, Any]
+    chunks: tuple[StoredChunk, ...] = ()
+    checkpoints: tuple[StoredCheckpoint, ...] = ()
+    status: str = "running"
+    reason: str = ""
+    writer: str = ""
+
+    @property
+    def steps(self) -> int:
+        """The number of steps in the log."""
+        return self.chunks[-1].first + self.chunks[-1].count if self.chunks else 0
+
+    def encode(self) -> bytes:
+        """The content of the manifest's file.
+
+        Returns:
+            JSON text, with its checksum.
+        """
+        document = {
+            "format": FORMAT,
+            "version": VERSION,
+            "writer": self.writer,
+            "status": self.status,
+            "reason": self.reason,
+            "header": self.header,
+            "chunks": [asdict(chunk) for chunk in self.chunks],
+            "checkpoints": [asdict(checkpoint) for checkpoint in self.checkpoints],
+        }
+        document["checksum"] = sha256(_text(document)).hexdigest()
+        return _text(document)
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Read and check a trajectory's manifest.
+
+    Args:
+        directory: the trajectory's directory.
+
+    Returns:
+        What the trajectory consists of. The files it names have not been looked at.
+
+    Raises:
+        TrajectoryError: where there is none, or it is damaged or too new.
+    """
+    path = directory / MANIFEST
+    try:
+        content = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise TrajectoryError(
+            f"{directory} holds no trajectory: there is no {MANIFEST}. Give the directory that a "
+            "training run with InfluenceCallback has written."
+        ) from error
+    except OSError as error:
+        raise TrajectoryError(f"{path} cannot be read: {error.strerror}.") from error
+    try:
+        return _parse(path, content)
+    except (ValueError, RecursionError) as error:
+        raise TrajectoryError(f"{path} is damaged: {error}. {DAMAGED}") from error
+
+
+def _parse(path: Path, content: bytes) -> Manifest:
+    document = json.loads(content)
+    if type(document) is not dict or document.get("format") != FORMAT:
+        raise ValueError("it is not the manifest of a trajectory")
+    written = document.pop("version", None)
+    if type(written) is int and written > VERSION:
+        raise TrajectoryError(
+            f"{path} has format version {written}, and this version of lightning_accie "
+            f"({package_version()}) reads up to {VERSION}. Upgrade lightning_accie."
+        )
+    manifest = _manifest(document)
+    # Compared as a whole, which has the version and the checksum in it: a changed blank counts too.
+    if content != manifest.encode():
+        raise ValueError("it is not as it was written")
+    return manifest
+
+
+def _manifest(document: dict[str, Any]) -> Manifest:
+    if {key: type(value) for key, value in document.items()} != _TYPES:
+        raise ValueError("its entries are not those of a manifest")
+    if document["status"] not in STATUSES:
+        raise ValueError(f"its status is {document['status']!r}")
+    chunks = tuple(_entry(record, StoredChunk) for record in document["chunks"])
+    checkpoints = tuple(_entry(record, StoredCheckpoint) for record in document["checkpoints"])
+    manifest = Manifest(
+        header=document["header"],
+        chunks=chunks,
+        checkpoints=checkpoints,
+        **{key: document[key] for key in ("status", "reason", "writer")},
+    )
+    _check_chunks(chunks)
+    _check_checkpoints(checkpoints, manifest.steps)
+    return manifest
+
+
+def _entry(record: Any, kind: type[_StoredT]) -> _StoredT:
+    # The names of the fields' types serve as they are: annotations are texts here.
+    expected = {field.name: field.type for field in fields(kind)}
+    if type(record) is not dict or expected != {
+        key: type(value).__name__ for key, value in record.items()
+    }:
+        raise ValueError(f"an entry for a {kind.__name__} has other fields than {list(expected)}")
+    return kind(**record)
+
+
+def _check_chunks(chunks: tuple[StoredChunk, ...]) -> None:
+    first = 0
+    for chunk in chunks:
+        # A step takes at least a byte.
+        sensible = chunk.first == first and 0 < chunk.count <= chunk.bytes
+        if not sensible or not CHUNK_NAME.fullmatch(chunk.file):
+            raise ValueError(f"its entry for {chunk.file!r} does not continue the step log")
+        first += chunk.count
+
+
+def _check_checkpoints(checkpoints: tuple[StoredCheckpoint, ...], steps: int) -> None:
+    last = -1
+    for checkpoint in checkpoints:
+        sensible = last < checkpoint.step <= steps
+        if not sensible or checkpoint.file != checkpoint_name(checkpoint.step):
+            raise ValueError(f"its entry for {checkpoint.file!r} is not that of a checkpoint")
+        last = checkpoint.step
+
+
+def _text(document: dict[str, Any]) -> bytes:
+    return (json.dumps(document, indent=1) + "\n").encode("ascii")

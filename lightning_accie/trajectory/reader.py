@@ -1,0 +1,212 @@
+"""Reading a trajectory."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from lightning_accie.errors import TrajectoryError
+from lightning_accie.trajectory.chunks import Chunk
+from lightning_accie.trajectory.files import DAMAGED, check_size, read
+from lightning_accie.trajectory.manifest import VERSION, StoredCheckpoint, read_manifest
+from lightning_accie.trajectory.records import Checkpoint, Step
+from lightning_accie.trajectory.tensors import load
+
+_CHUNKS_IN_MEMORY = 4
+
+_MERGE_AFTER = 2**20
+"""How many samples may be counted apart before they are added up, in `Trajectory.visits`."""
+
+Counts = tuple[np.ndarray, np.ndarray]
+"""Sorted indices ``[n]`` and how often each was drawn ``[n]``, both int64."""
+
+
+class Trajectory:
+    """A training run on disk. It is only read: nothing is ever written.
+
+    Files are read when they are needed, and each is compared with its recorded checksum before its
+    content is used. A run that is still being written ends where it was last flushed.
+
+    Args:
+        directory: what a `TrajectoryWriter` wrote.
+
+    Attributes:
+        directory: the same, as an absolute path.
+        header: what the writer's caller gave along, as JSON keeps it.
+        status: ``"running"``, ``"finished"``, ``"interrupted"``, ``"failed"`` or ``"stopped"``.
+            A writer that was killed leaves ``"running"``.
+        reason: why, in words; may be empty.
+        version: of the format.
+        writer: the version of the package that wrote it.
+
+    Raises:
+        TrajectoryError: where the trajectory is missing, damaged or too new. A checkpoint that is
+            missing or damaged is only found when it is asked for.
+    """
+
+    version = VERSION
+
+    def __init__(self, directory: Path | str) -> None:
+        self.directory = Path(directory).absolute()
+        manifest = read_manifest(self.directory)
+        self.header = manifest.header
+        self.status = manifest.status
+        self.reason = manifest.reason
+        self.writer = manifest.writer
+        self._length = manifest.steps
+        self._stored = manifest.chunks
+        self._firsts = [chunk.first for chunk in manifest.chunks]
+        self._checkpoints = {stored.step: stored for stored in manifest.checkpoints}
+        self._chunks: OrderedDict[int, Chunk] = OrderedDict()
+        for chunk in manifest.chunks:
+            check_size(self.directory, chunk)
+
+    @classmethod
+    def open(cls, directory: Path | str) -> Trajectory:
+        """Open a trajectory.
+
+        Args:
+            directory: what a `TrajectoryWriter` wrote.
+
+        Returns:
+            The trajectory.
+
+        Raises:
+            TrajectoryError: where it is missing, damaged or too new.
+        """
+        return cls(directory)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def step(self, t: int) -> Step:
+        """Read one step.
+
+        Args:
+            t: its number, from 0 to ``len(self) - 1``.
+
+        Returns:
+            The step as it was recorded.
+
+        Raises:
+            IndexError: where there is no such step.
+            TrajectoryError: where its file is missing or damaged.
+        """
+        if not 0 <= t < len(self):
+            raise IndexError(f"there is no step {t} in a trajectory of {len(self)} steps")
+        return self._chunk(bisect_right(self._firsts, t) - 1).step(t)
+
+    def steps(self, lo: int = 0, hi: int | None = None) -> Iterator[Step]:
+        """Read consecutive steps, one at a time.
+
+        Args:
+            lo: the first.
+            hi: the one behind the last; None for the trajectory's end.
+
+        Returns:
+            An iterator. It raises what `step` raises.
+        """
+        return map(self.step, range(lo, len(self) if hi is None else hi))
+
+    @property
+    def checkpoint_steps(self) -> tuple[int, ...]:
+        """The steps before which the full state was kept, in order."""
+        return tuple(self._checkpoints)
+
+    def checkpoint(self, step: int) -> Checkpoint:
+        """Read a checkpoint.
+
+        Args:
+            step: one of ``checkpoint_steps``.
+
+        Returns:
+            The state before that step, on the CPU.
+
+        Raises:
+            TrajectoryError: where there is no such checkpoint, or its file is missing or damaged.
+        """
+        stored = self._checkpoints.get(step)
+        if stored is None:
+            raise TrajectoryError(
+                f"{self.directory} has no checkpoint at step {step}. It has them at the steps "
+                f"{', '.join(map(str, self.checkpoint_steps))}."
+            )
+        return self._decoded_checkpoint(stored)
+
+    def visits(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Count how often each sample was drawn; a sample twice in a batch counts twice.
+
+        Returns:
+            ``(source, index, count)``, each ``[n]`` int64: one entry a sample that was ever drawn,
+            sorted by source, then by index.
+
+        Raises:
+            TrajectoryError: where a file of the step log is missing or damaged.
+        """
+        parts: dict[int, list[Counts]] = {}
+        for at in range(len(self._stored)):
+            for source, counts in self._chunk(at).visits().items():
+                known = parts.setdefault(source, [])
+                known.append(counts)
+                # Merging only once the new ones outweigh the old keeps the cost linear.
+                if sum(len(part[0]) for part in known[1:]) > max(_MERGE_AFTER, len(known[0][0])):
+                    known[:] = [_merged(known)]
+        merged = [(source, *_merged(parts[source])) for source in sorted(parts)]
+        sources = [np.full_like(indices, source) for source, indices, _ in merged]
+        empty = np.empty(0, dtype=np.int64)
+        return (
+            np.concatenate([empty, *sources]),
+            np.concatenate([empty, *[indices for _, indices, _ in merged]]),
+            np.concatenate([empty, *[counts for _, _, counts in merged]]),
+        )
+
+    def verify(self) -> None:
+        """Read every file and compare it with its recorded checksum.
+
+        Raises:
+            TrajectoryError: for the first file that is missing or damaged.
+        """
+        for at in range(len(self._stored)):
+            self._read_chunk(at)
+        for stored in self._checkpoints.values():
+            self._decoded_checkpoint(stored)
+
+    def _chunk(self, at: int) -> Chunk:
+        if at in self._chunks:
+            self._chunks.move_to_end(at)
+        else:
+            self._chunks[at] = self._read_chunk(at)
+            if len(self._chunks) > _CHUNKS_IN_MEMORY:
+                self._chunks.popitem(last=False)
+        return self._chunks[at]
+
+    def _read_chunk(self, at: int) -> Chunk:
+        stored = self._stored[at]
+        try:
+            chunk = Chunk(read(self.directory, stored))
+        except ValueError as error:
+            raise TrajectoryError(f"{self.directory / stored.file}: {error}. {DAMAGED}") from error
+        if (chunk.first, len(chunk)) != (stored.first, stored.count):
+            raise TrajectoryError(
+                f"{self.directory / stored.file} holds {len(chunk)} steps from {chunk.first}, not "
+                f"{stored.count} steps from {stored.first} as the manifest says. {DAMAGED}"
+            )
+        return chunk
+
+    def _decoded_checkpoint(self, stored: StoredCheckpoint) -> Checkpoint:
+        try:
+            tensors, content = load(read(self.directory, stored))
+        except ValueError as error:
+            raise TrajectoryError(f"{self.directory / stored.file}: {error}. {DAMAGED}") from error
+        return Checkpoint(stored.step, tensors, content)
+
+
+def _merged(parts: list[Counts]) -> Counts:
+    indices, inverse = np.unique(np.concatenate([part[0] for part in parts]), return_inverse=True)
+    counts = np.zeros(len(indices), dtype=np.int64)
+    np.add.at(counts, inverse, np.concatenate([part[1] for part in parts]))
+    return indices, counts
