@@ -1,0 +1,147 @@
+"""The recorded batches again: dataset indices -> what the dataloader delivered."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset, TensorDataset
+from torch.utils.data.dataloader import default_collate, default_convert
+
+from lightning_accie.errors import TrajectoryError
+from lightning_accie.replay.state import tree_bytes
+from lightning_accie.trajectory.records import MicroBatch, Piece
+
+
+class BatchSource:
+    """Fetches and collates recorded batches as the training dataloaders did.
+
+    Args:
+        loaders: the flattened training dataloaders; only their datasets and `collate_fn` are used.
+        assemble: puts one batch a loader (None where a loader gave none) into the structure that
+            ``training_step`` received; None where there is a single loader.
+        cache_bytes: batches are kept in memory up to this many bytes, latest used last.
+    """
+
+    def __init__(
+        self, loaders: Sequence[DataLoader[Any]], assemble: Any = None, *, cache_bytes: int
+    ) -> None:
+        self.loaders = list(loaders)
+        self.assemble = assemble
+        self.cache_bytes = cache_bytes
+        self._cache: OrderedDict[tuple[int, int, int], tuple[MicroBatch, Any, int]] = OrderedDict()
+        self._held = 0
+        offsets = [0]
+        for loader in self.loaders:
+            offsets.append(offsets[-1] + len(loader.dataset))  # type: ignore[arg-type]
+        self.offsets = tuple(offsets)
+
+    def sample_numbers(self, micro: MicroBatch) -> np.ndarray:
+        """Number the batch's samples: the dataset index, later loaders after earlier ones.
+
+        Returns:
+            ``[B]`` int64, one number a place of the batch.
+        """
+        if not micro.pieces:
+            return np.zeros(0, dtype=np.int64)
+        return np.concatenate(
+            [piece.indices + self.offsets[piece.source] for piece in micro.pieces]
+        )
+
+    def sample(self, number: int) -> Any:
+        """Read one sample.
+
+        Args:
+            number: its sample number.
+
+        Returns:
+            What its dataset gives for it.
+        """
+        source = int(np.searchsorted(self.offsets, number, side="right")) - 1
+        return self.loaders[source].dataset[number - self.offsets[source]]
+
+    def fetch(self, micro: MicroBatch) -> Any:
+        """Build the batch, or take it from the cache.
+
+        Returns:
+            The batch on the CPU, before any transfer hook.
+        """
+        key = (micro.epoch, micro.global_step, micro.batch_idx)
+        held = self._cache.get(key)
+        if held is not None and _same_samples(held[0], micro):
+            self._cache.move_to_end(key)
+            return held[1]
+        batch = self._build(micro)
+        size = tree_bytes(batch)
+        if size <= self.cache_bytes:
+            self._cache[key] = (micro, batch, size)
+            self._held += size
+            while self._held > self.cache_bytes:
+                self._held -= self._cache.popitem(last=False)[1][2]
+        return batch
+
+    def _build(self, micro: MicroBatch) -> Any:
+        if self.assemble is None and len(micro.pieces) == 1:
+            return self._piece(micro.pieces[0])
+        by_source: list[Any] = [None] * len(self.loaders)
+        for piece in micro.pieces:
+            by_source[piece.source] = self._piece(piece)
+        return self.assemble(by_source)
+
+    def _piece(self, piece: Piece) -> Any:
+        if piece.source >= len(self.loaders):
+            raise TrajectoryError(
+                f"The trajectory was recorded with at least {piece.source + 1} training "
+                f"dataloaders, but {len(self.loaders)} were given. Pass the same data."
+            )
+        loader = self.loaders[piece.source]
+        indices = [int(index) for index in piece.indices]
+        size = len(loader.dataset)  # type: ignore[arg-type]
+        if indices and max(indices) >= size:
+            raise TrajectoryError(
+                f"The trajectory drew sample {max(indices)}, but the dataset has {size} samples. "
+                "Pass the dataset that the model was trained on."
+            )
+        return fetch(loader, indices)
+
+
+def fetch(loader: DataLoader[Any], indices: list[int]) -> Any:
+    """Fetch samples and collate them as a dataloader does, in this process.
+
+    Args:
+        loader: the dataloader over a map-style dataset.
+        indices: the samples; a single one where the loader does not collate (``batch_size=None``).
+
+    Returns:
+        The batch.
+    """
+    dataset = loader.dataset
+    if loader.batch_sampler is None:
+        return (loader.collate_fn or default_convert)(dataset[indices[0]])
+    collate = loader.collate_fn or default_collate
+    if collate is default_collate and (rows := _tensor_rows(dataset, indices)) is not None:
+        return rows
+    many = getattr(dataset, "__getitems__", None)
+    return collate(many(indices) if many else [dataset[index] for index in indices])
+
+
+def _tensor_rows(dataset: Any, indices: list[int]) -> list[Tensor] | None:
+    """The rows of a `TensorDataset`, which is what collating its samples gives, without the loop."""
+    while type(dataset) is Subset:
+        indices = [dataset.indices[index] for index in indices]
+        dataset = dataset.dataset
+    if type(dataset) is not TensorDataset:
+        return None
+    chosen = torch.tensor(indices)
+    return [tensor[chosen] for tensor in dataset.tensors]
+
+
+def _same_samples(left: MicroBatch, right: MicroBatch) -> bool:
+    return len(left.pieces) == len(right.pieces) and all(
+        a.source == b.source and np.array_equal(a.indices, b.indices)
+        for a, b in zip(left.pieces, right.pieces, strict=True)
+    )

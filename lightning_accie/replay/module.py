@@ -1,0 +1,459 @@
+"""The user's ``training_step`` as a function: of a recorded batch, parameters and sample weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lightning_accie.errors import ReplayMismatchError, TrajectoryError, UnsupportedError
+from lightning_accie.replay import random_state
+from lightning_accie.replay.batches import BatchSource
+from lightning_accie.replay.neutral import StandInTrainer, neutral_copy
+from lightning_accie.replay.per_sample import Differentiable, WeightedReduction
+from lightning_accie.replay.random_state import Restorable
+from lightning_accie.replay.state import Params
+from lightning_accie.replay.tape import Tape
+from lightning_accie.trajectory.records import MicroBatch
+
+SampleLosses = Callable[[Any, Any], Tensor]
+"""``sample_losses(module, batch) -> [B]``: the user's own per-sample losses."""
+
+
+@dataclass(frozen=True)
+class LossForm:
+    """How the returned loss splits into per-sample parts; found by the first-step self-check.
+
+    Attributes:
+        hand_written: reductions by hand (``.mean()``, ``.sum()``) carry sample weights too.
+        excluded: reductions, by ordinal, that do not depend on the data.
+        penalty: whether a part R(θ) belongs to no sample.
+    """
+
+    hand_written: bool = False
+    excluded: frozenset[int] = frozenset()
+    penalty: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """Describe the form for a trajectory's header.
+
+        Returns:
+            JSON values.
+        """
+        return {
+            "hand_written": self.hand_written,
+            "excluded": sorted(self.excluded),
+            "penalty": self.penalty,
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> LossForm:
+        """Read what `to_json` wrote.
+
+        Returns:
+            The form.
+        """
+        return cls(values["hand_written"], frozenset(values["excluded"]), values["penalty"])
+
+
+class TrainingProgram:
+    """A neutral copy of the module that evaluates recorded training steps.
+
+    Args:
+        module: the user's LightningModule; a copy of it is run.
+        header: the trajectory's header.
+        batches: where recorded batches come from.
+        live: the trainer, where the analysis runs inside `fit`.
+        datamodule: whose transfer hooks apply, if it overrides them.
+        sample_losses: the user's per-sample losses, or None to find them in ``training_step``.
+        device: where to compute.
+    """
+
+    def __init__(
+        self,
+        module: Any,
+        header: Mapping[str, Any],
+        batches: BatchSource,
+        *,
+        live: Any = None,
+        datamodule: Any = None,
+        sample_losses: SampleLosses | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        self.header = header
+        self.batches = batches
+        self.live = live
+        self.device = device or torch.device("cpu")
+        self.trainer = StandInTrainer(header["trainer"], live)
+        self.module = neutral_copy(module, self.trainer).to(self.device)
+        self.sample_losses = sample_losses
+        self.form = LossForm.from_json(header["loss_form"]) if "loss_form" in header else LossForm()
+        self.substitute: Callable[[Any], Any] | None = None
+        """Replaces the batch in `weighted`; the probe at fit start uses it."""
+        self.contributions: list[Tensor] = []
+        """The weighted reductions of the last `weighted` call, in order."""
+        self._hooks = _transfer_hooks(self.module, datamodule, self.device)
+        self._takes_index = len(header["step_arguments"]) > 1
+        self._set_modes(header["eval_modules"])
+        named = dict(self.module.named_parameters())
+        self.names: tuple[str, ...] = tuple(n for group in header["groups"] for n in group)
+        self.trainable = tuple(name for name in self.names if name not in header["frozen"])
+        self._places = parameter_places(self.module, {name: named[name] for name in self.names})
+        self.parameters: Params = {name: named[name] for name in self.names}
+        for name, parameter in named.items():
+            parameter.requires_grad_(name in self.trainable)
+            parameter.grad = None
+        self.buffers = dict(self.module.named_buffers())
+        parts = list(self.module.modules())
+        self._tracking = [p for p in parts if p.training and getattr(p, "track_running_stats", 0)]
+        self._recurrent = any(isinstance(part, nn.RNNBase) for part in parts)
+
+    def _set_modes(self, eval_modules: list[str]) -> None:
+        self.module.train()
+        parts = dict(self.module.named_modules())
+        for name in eval_modules:
+            parts[name].training = False
+
+    @property
+    def tracks_statistics(self) -> bool:
+        """Whether a normalisation layer updates running statistics in the step."""
+        return bool(self._tracking)
+
+    # ------------------------------------------------------------------ state of the copy
+
+    def bind(self, params: Params) -> None:
+        """Run the copy on these parameters from now on; nothing is copied.
+
+        Each tensor stands where the module's own parameter stood, as a leaf of its own: graphs
+        made before stay valid.
+        """
+        leaves = {name: params[name].detach() for name in self.names}
+        for name in self.trainable:
+            leaves[name].requires_grad_()
+        self._put(leaves)
+
+    def _put(self, params: Params) -> None:
+        for name, places in self._places.items():
+            for holder, key in places:
+                holder[key] = params[name]
+        self.parameters = params
+
+    @contextmanager
+    def _on(self, params: Params | None) -> Iterator[None]:
+        """Run on explicit parameters, such as those of a `torch.func` transform."""
+        if params is None:
+            yield
+            return
+        before = self.parameters
+        self._put(params)
+        try:
+            yield
+        finally:
+            self._put(before)
+
+    def load_buffers(self, buffers: Mapping[str, Tensor]) -> None:
+        """Copy buffers into the copy; those not given stay."""
+        with torch.no_grad():
+            for name, value in buffers.items():
+                self.buffers[name].copy_(value)
+
+    def load_frozen(self, name: str, value: Tensor) -> None:
+        """Copy in a parameter that the optimiser does not update.
+
+        Raises:
+            TrajectoryError: if the module has no such parameter of that shape.
+        """
+        target = dict(self.module.named_parameters()).get(name)
+        if target is None or target.shape != value.shape:
+            raise TrajectoryError(
+                f"The trajectory holds a parameter `{name}` of shape {tuple(value.shape)}, which "
+                "the module does not have. Pass the module that was trained."
+            )
+        with torch.no_grad():
+            target.copy_(value)
+
+    def buffer_versions(self) -> tuple[int, ...]:
+        """Tell whether a buffer was written to since the last call.
+
+        Returns:
+            Autograd's version counter of every buffer.
+        """
+        return tuple(buffer._version for buffer in self.buffers.values())
+
+    # ------------------------------------------------------------------ evaluating a step
+
+    def batch(self, micro: MicroBatch) -> Any:
+        """The recorded batch as ``training_step`` received it.
+
+        Returns:
+            The batch after the transfer hooks, on the device.
+        """
+        return self.transfer(self.batches.fetch(micro))
+
+    def transfer(self, batch: Any) -> Any:
+        """Convert and move a batch as the Trainer did.
+
+        Returns:
+            The batch after the precision's conversion and the transfer hooks, on the device.
+        """
+        if self.header["precision"] == "64-true":
+            batch = pytree.tree_map(_to_double, batch)
+        return self._hooks(batch, self.device) if self._hooks is not None else batch
+
+    def run(self, micro: MicroBatch, random: Restorable | None) -> Tensor | None:
+        """Run the step exactly as training did, buffers and generators included.
+
+        Args:
+            micro: the record.
+            random: the generators' states before it, or None where it draws nothing.
+
+        Returns:
+            The returned loss with its graph, or None.
+        """
+        batch = self._prepare(micro, random)
+        with self.precision():
+            return self._training_step(batch, micro)
+
+    def _prepare(self, micro: MicroBatch, random: Restorable | None) -> Any:
+        """Put generators and counters where they stood; gives the batch."""
+        batch = self.batch(micro)
+        if self.substitute is not None:
+            batch = self.substitute(batch)
+        if random is not None:
+            random.restore(self._cuda)
+        self.trainer.current_epoch = micro.epoch
+        self.trainer.global_step = micro.global_step
+        return batch
+
+    def _training_step(self, batch: Any, micro: MicroBatch) -> Tensor | None:
+        arguments = (batch, micro.batch_idx) if self._takes_index else (batch,)
+        output = self.module.training_step(*arguments)
+        return output.get("loss") if isinstance(output, Mapping) else output
+
+    @property
+    def _cuda(self) -> torch.device | None:
+        return self.device if self.device.type == "cuda" else None
+
+    def random_now(self, *, host: bool) -> dict[str, Tensor]:
+        """The generators' states.
+
+        Args:
+            host: whether those of `random` and `numpy.random` are among them.
+
+        Returns:
+            The states by name.
+        """
+        return random_state.capture(cuda=self._cuda, host=host)
+
+    @contextmanager
+    def precision(self) -> Iterator[None]:
+        """Set up the Trainer's precision.
+
+        Yields:
+            Nothing.
+        """
+        if self.header["precision"] != "64-true":
+            yield
+            return
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(default)
+
+    def weighted(
+        self,
+        micro: MicroBatch,
+        random: Restorable | None,
+        weights: Tensor,
+        params: Params | None = None,
+        *,
+        around: bool = True,
+    ) -> Tensor:
+        """The step's loss with per-sample weights (method: section 1).
+
+        Args:
+            micro: the record.
+            random: the generators' states before it, or None where it draws nothing.
+            weights: ``[B]``.
+            params: explicit parameters, or None for those bound.
+            around: see `WeightedReduction`.
+
+        Returns:
+            Σ_i w_i ℓ_i/|m| + R, before the division by ``accumulate``.
+
+        Raises:
+            ReplayMismatchError: if ``training_step`` returns None.
+        """
+        batch = self._prepare(micro, random)
+        with self.precision(), self._differentiable(), self._on(params):
+            if self.sample_losses is not None:
+                return self._with_sample_losses(batch, micro, random, weights)
+            reduction = WeightedReduction(
+                weights,
+                hand_written=self.form.hand_written,
+                excluded=self.form.excluded,
+                around=around,
+            )
+            with reduction:
+                loss = self._training_step(batch, micro)
+            self.contributions = reduction.contributions
+        return _require(loss, micro)
+
+    @contextmanager
+    def _differentiable(self) -> Iterator[None]:
+        """Set up what a derivative needs and a plain run does not.
+
+        Normalisation layers use the batch's statistics without updating the running ones (the
+        gradients are the same, and `torch.func` cannot update a buffer in place); recurrent layers
+        run without mkldnn, which has no forward mode.
+        """
+        mkldnn = torch.backends.mkldnn.is_available() and self._recurrent
+        before = torch._C._get_mkldnn_enabled()
+        if mkldnn:  # not `mkldnn.flags`, which warns of a kind of GPU
+            torch._C._set_mkldnn_enabled(False)
+        for part in self._tracking:
+            part.track_running_stats = False
+        try:
+            yield
+        finally:
+            torch._C._set_mkldnn_enabled(before)
+            for part in self._tracking:
+                part.track_running_stats = True
+
+    def _with_sample_losses(
+        self,
+        batch: Any,
+        micro: MicroBatch,
+        random: Restorable | None,
+        weights: Tensor,
+    ) -> Tensor:
+        assert self.sample_losses is not None
+        with Differentiable():
+            losses = self.sample_losses(self.module, batch)
+            if losses.shape != weights.shape:
+                raise UnsupportedError(
+                    f"`sample_losses` returned a tensor of shape {tuple(losses.shape)} for a batch "
+                    f"of {len(weights)} samples; it must return one loss a sample, shape "
+                    f"({len(weights)},)."
+                )
+            if not self.form.penalty:
+                return torch.dot(losses, weights.to(losses.dtype)) / len(weights)
+            if random is not None:  # the second forward pass draws what the first drew
+                random.restore(self._cuda)
+            loss = _require(self._training_step(batch, micro), micro)
+        return loss + torch.dot(losses, (weights - 1.0).to(losses.dtype)) / len(weights)
+
+
+def parameter_places(
+    module: nn.Module, parameters: Mapping[str, Tensor]
+) -> dict[str, list[tuple[Any, Any]]]:
+    """Find everywhere that a module keeps its parameters.
+
+    Args:
+        module: the module.
+        parameters: the parameters of interest, by name.
+
+    Returns:
+        Per name, the containers and keys that hold the parameter: several where weights are tied,
+        and the flat list that recurrent layers read.
+    """
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    places: dict[str, list[tuple[Any, Any]]] = {name: [] for name in parameters}
+    for part in module.modules():
+        holders: list[tuple[Any, Any]] = [(part._parameters, key) for key in part._parameters]
+        if isinstance(part, nn.RNNBase):
+            holders += [(part._flat_weights, place) for place in range(len(part._flat_weights))]
+        for holder, key in holders:
+            if id(holder[key]) in names:
+                places[names[id(holder[key])]].append((holder, key))
+    return places
+
+
+class RecordedLoss:
+    """c_m L_m(θ, w) of one recorded micro-batch; a `MicroLoss`."""
+
+    def __init__(
+        self, program: TrainingProgram, micro: MicroBatch, random: Restorable | None
+    ) -> None:
+        self.tape: Tape | None = None
+        self.program = program
+        self.micro = micro
+        self.random = random
+        self.samples = torch.from_numpy(program.batches.sample_numbers(micro))
+
+    def functional(self, params: Params, weights: Tensor) -> Tensor:
+        """The loss from explicit parameters.
+
+        Returns:
+            A scalar.
+        """
+        # Not `around`: forward mode over two gradients that meet fails on torch's symbolic zeros.
+        loss = self.program.weighted(self.micro, self.random, weights, params, around=False)
+        return loss / self.micro.accumulate
+
+    def bound(self, weights: Tensor) -> tuple[Tensor, Params]:
+        """The loss from the bound parameters.
+
+        Returns:
+            A scalar with its graph, and the parameters.
+        """
+        loss = self.program.weighted(self.micro, self.random, weights)
+        return loss / self.micro.accumulate, self.program.parameters
+
+    def ones(self) -> Tensor:
+        """The weights of the real run.
+
+        Returns:
+            ``[B]`` ones.
+        """
+        parameter = next(iter(self.program.parameters.values()))
+        return torch.ones(len(self.samples), dtype=parameter.dtype, device=parameter.device)
+
+
+def _require(loss: Tensor | None, micro: MicroBatch) -> Tensor:
+    if loss is None:
+        raise ReplayMismatchError(
+            f"training_step returned None for batch {micro.batch_idx} of epoch {micro.epoch}, but "
+            "a loss in the recorded run: it depends on something that is not in the trajectory."
+        )
+    return loss
+
+
+def _to_double(leaf: Any) -> Any:
+    """What `Trainer(precision="64-true")` does to a batch."""
+    return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+
+_TRANSFER_HOOKS = (
+    "on_before_batch_transfer",
+    "transfer_batch_to_device",
+    "on_after_batch_transfer",
+)
+
+
+def _transfer_hooks(
+    module: Any, datamodule: Any, device: torch.device
+) -> Callable[[Any, torch.device], Any] | None:
+    """The batch transfer hooks in force; None where none is overridden and all is on the CPU."""
+
+    def overrides(owner: Any, name: str) -> bool:
+        defined_in = getattr(type(owner), name, None)
+        return defined_in is not None and not defined_in.__qualname__.startswith("DataHooks.")
+
+    owners = [datamodule if overrides(datamodule, name) else module for name in _TRANSFER_HOOKS]
+    if device.type == "cpu" and not any(map(overrides, owners, _TRANSFER_HOOKS)):
+        return None
+
+    def transfer(batch: Any, device: torch.device) -> Any:
+        batch = owners[0].on_before_batch_transfer(batch, 0)
+        batch = owners[1].transfer_batch_to_device(batch, device, 0)
+        return owners[2].on_after_batch_transfer(batch, 0)
+
+    return transfer

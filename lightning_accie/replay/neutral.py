@@ -1,0 +1,162 @@
+"""Making a copy of the user's module harmless to run outside its Trainer.
+
+The copy logs nothing, counts nothing in metrics, and sees a stand-in trainer that tells it the
+recorded epoch and step.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_accie.errors import UnsupportedError
+
+
+class _Silent:
+    """A logger that takes any call and does nothing."""
+
+    def __getattr__(self, name: str) -> _Silent:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> _Silent:
+        return self
+
+
+class StandInTrainer:
+    """What the replayed module sees as ``self.trainer``.
+
+    Epoch and step are the recorded ones; everything else is the live trainer's where there is one,
+    or one of the facts that the trajectory recorded.
+    """
+
+    def __init__(self, facts: Mapping[str, Any], live: Any = None) -> None:
+        self.current_epoch = 0
+        self.global_step = 0
+        self.logger = _Silent()
+        self.loggers = [self.logger]
+        self.training = True
+        self.validating = False
+        self.sanity_checking = False
+        self._facts = facts
+        self._live = live
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        if self._live is not None:
+            return getattr(self._live, name)
+        if name in self._facts:
+            return self._facts[name]
+        raise AttributeError(
+            f"The module reads `self.trainer.{name}`, which a replay without its Trainer cannot "
+            'provide. Analyse at the end of `fit` (`run="fit_end"`), or pass the value to the '
+            "module as a hyper-parameter."
+        )
+
+
+_NO_VALUE = torch.tensor(float("nan"))
+"""What every stub gives for a metric's value: a loss that uses it shows."""
+
+
+class _MetricStub(nn.Module):
+    """Stands for a torchmetrics metric, and keeps its buffers, which a run records.
+
+    A metric that holds others (a `MetricCollection`, a wrapper) is a mapping of stubs.
+    """
+
+    def __init__(self, metric: nn.Module) -> None:
+        super().__init__()
+        for name, child in metric.named_children():
+            self.add_module(name, _MetricStub(child))
+        for name, buffer in metric.named_buffers(recurse=False):
+            self.register_buffer(name, buffer)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.compute()
+
+    __call__: Any = forward
+
+    def compute(self) -> Any:
+        return {name: stub.compute() for name, stub in self.items()} if len(self) else _NO_VALUE
+
+    def update(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def reset(self) -> None: ...
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __getitem__(self, name: str) -> Any:
+        return self._modules[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._modules)
+
+    def keys(self, *args: Any, **kwargs: Any) -> Any:
+        return self._modules.keys()
+
+    def values(self, *args: Any, **kwargs: Any) -> Any:
+        return self._modules.values()
+
+    def items(self, *args: Any, **kwargs: Any) -> Any:
+        return self._modules.items()
+
+
+def is_metric(value: Any) -> bool:
+    """Tell a torchmetrics metric, the stub that stands for one, or a stub's value.
+
+    Returns:
+        Whether ``value`` is one.
+    """
+    return (
+        value is _NO_VALUE
+        or isinstance(value, _MetricStub)
+        or any(base.__module__.split(".")[0] == "torchmetrics" for base in type(value).__mro__)
+    )
+
+
+def neutral_copy(module: nn.Module, trainer: StandInTrainer) -> Any:
+    """Copy a LightningModule and silence the copy.
+
+    Args:
+        module: the user's module; it is left as it is.
+        trainer: the stand-in the copy sees as ``self.trainer``.
+
+    Returns:
+        The copy.
+
+    Raises:
+        UnsupportedError: if the module cannot be copied.
+    """
+    live = getattr(module, "_trainer", None)
+    fabric = getattr(module, "_fabric", None)
+    memo: dict[int, Any] = {id(owner): None for owner in (live, fabric) if owner is not None}
+    try:
+        twin = copy.deepcopy(module, memo)
+    except (TypeError, RuntimeError, ValueError) as error:
+        raise UnsupportedError(
+            f"The module `{type(module).__name__}` cannot be copied for the replay "
+            f"({error}). Keep open files, locks and tensors that are part of a graph out of its "
+            "attributes, or give it a `__deepcopy__`."
+        ) from error
+    for part in twin.modules():
+        if hasattr(part, "log_dict") and hasattr(part, "training_step"):
+            part.__dict__.update(log=_ignore, log_dict=_ignore, print=_ignore)
+            part.__dict__["_trainer"] = trainer
+        for name, child in list(part.named_children()):
+            if is_metric(child):
+                part._modules[name] = _MetricStub(child)
+    return twin
+
+
+def _ignore(*args: Any, **kwargs: Any) -> None:
+    """Stands for `log`, `log_dict` and `print`."""

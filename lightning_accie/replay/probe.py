@@ -1,0 +1,309 @@
+"""Finding how a module's returned loss splits into per-sample parts.
+
+The loss of a recorded step is Σ_i w_i ℓ_i/|m| + R: sample weights go into its reductions over the
+batch, and what is left at w = 0 is R. Which reductions are the samples' own is found by evaluating the
+step once more with other samples: a reduction that does not notice is a penalty on the weights, and a
+remainder that does notice is a loss whose samples were not found.
+
+All of it happens at slightly moved parameters. Where training starts, a penalty on biases that are
+zero, or a last layer of zeros, would hide what depends on what.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.func import grad
+
+from lightning_accie.errors import UnsupportedError
+from lightning_accie.replay.module import LossForm, RecordedLoss, TrainingProgram
+from lightning_accie.replay.per_sample import Reduction, ReductionScout, rows_are_samples
+from lightning_accie.replay.state import Params, dot
+from lightning_accie.trajectory.records import MicroBatch, Piece
+
+_TOLERANCE = 1e-4
+_GRADIENT_TOLERANCE = 1e-3
+_MOVE = 1e-2
+"""How far parameters are moved, relative to their root mean square (or 1 where that is 0)."""
+
+HELP = """Pass the per-sample losses yourself:
+
+    def sample_losses(module, batch):
+        x, y = batch
+        return F.cross_entropy(module(x), y, reduction="none")   # shape [B]
+
+    InfluenceCallback(..., sample_losses=sample_losses)"""
+
+
+def find_loss_form(program: TrainingProgram, loss: RecordedLoss) -> LossForm:
+    """Find how the step's loss splits; leaves ``program.form`` set to the result.
+
+    Args:
+        program: the module's training step, bound to the state before the step.
+        loss: a micro-batch of the step.
+
+    Returns:
+        The form in which every check passes.
+
+    Raises:
+        UnsupportedError: if none does, with the reasons and the way out.
+    """
+    probe = _Probe(program, loss)
+    with _moved(program):
+        if program.sample_losses is not None:
+            program.form = probe.with_sample_losses()
+        else:
+            program.form = probe.found()
+        probe.check_transforms()
+    return program.form
+
+
+@contextmanager
+def _moved(program: TrainingProgram) -> Iterator[None]:
+    """Bind parameters a little away from the present ones."""
+    before = {name: value.detach() for name, value in program.parameters.items()}
+    generator = torch.Generator().manual_seed(0)
+
+    def move(value: Tensor) -> Tensor:
+        size = value.square().mean().sqrt()
+        noise = torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value)
+        return value + noise * _MOVE * torch.where(size > 0, size, 1.0)
+
+    program.bind({name: move(value) for name, value in before.items()})
+    try:
+        yield
+    finally:
+        program.bind(before)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What a reduction gave: its value, and its gradient in the parameters (None: it has none)."""
+
+    reduction: Reduction
+    gradient: tuple[Tensor, ...] | None
+
+    @property
+    def flat(self) -> bool:
+        """Whether the gradient is zero, which says nothing about what it depends on."""
+        return self.gradient is None or not any(bool(part.any()) for part in self.gradient)
+
+    def same(self, other: _Seen) -> bool:
+        """Whether other samples changed neither value nor gradient."""
+        if self.gradient is None or other.gradient is None:
+            return False
+        pairs = [(self.reduction.value, other.reduction.value)]
+        pairs += zip(self.gradient, other.gradient, strict=True)
+        return all(torch.equal(a, b) for a, b in pairs)
+
+
+class _Probe:
+    """The questions that are asked of one micro-batch."""
+
+    def __init__(self, program: TrainingProgram, loss: RecordedLoss) -> None:
+        self.program = program
+        self.loss = loss
+        self.size = len(loss.samples)
+
+    # ------------------------------------------------------------------ the ways to split
+
+    def found(self) -> LossForm:
+        """Put the weights where they fit."""
+        reasons = []
+        for hand_written in (False, True):
+            try:
+                return self.form(hand_written)
+            except UnsupportedError as error:
+                reasons.append(str(error))
+        raise UnsupportedError(
+            "The per-sample losses of `training_step` could not be found: "
+            + " Then, with sums and means by hand: ".join(reasons)
+            + "\n"
+            + HELP
+        )
+
+    def form(self, hand_written: bool) -> LossForm:
+        """Put the weights into the loss functions, or into sums and means by hand too."""
+        others = self._others()
+        excluded, note = self._not_of_samples(hand_written, others)
+        self.program.form = LossForm(hand_written, excluded)
+        self._check_affine()
+        rest = self._rest()
+        if others is not None and not _close(rest, self._rest(others)):
+            raise UnsupportedError(
+                f"a part of the loss depends on the data but on no sample's own term{note}."
+            )
+        return LossForm(hand_written, excluded, penalty=_length(rest) > 0)
+
+    def with_sample_losses(self) -> LossForm:
+        """`sample_losses` must give the training loss, up to a part that is no sample's."""
+        self.program.form = LossForm(penalty=True)
+        whole, rest = _length(self._gradient()), self._rest()
+        if _length(rest) <= _TOLERANCE * whole:
+            return LossForm()
+        others = self._others()
+        if others is None or not _close(rest, self._rest(others)):
+            raise UnsupportedError(
+                "`sample_losses` does not fit `training_step`: the gradient of their mean differs "
+                f"from that of the returned loss ({_length(rest):.2g} beside {whole:.2g}), and the "
+                "difference depends on the data. `sample_losses` must return the very losses, with "
+                "their graph, whose mean `training_step` returns."
+            )
+        return LossForm(penalty=True)
+
+    def check_transforms(self) -> None:
+        """Under `torch.func` the weighted loss must have the gradient that training has."""
+        program, ones = self.program, self.loss.ones()
+        params = {name: value.detach() for name, value in program.parameters.items()}
+        try:
+            found = grad(lambda p: self._weighted(ones, p))(params)
+        except (RuntimeError, NotImplementedError) as error:
+            raise UnsupportedError(
+                "Something in `training_step` does not run under torch.func, which every estimator "
+                f"needs: {str(error).splitlines()[0]} (Activation checkpointing and "
+                "`autograd.Function` without `setup_context` are usual causes.)"
+            ) from error
+        plain = self._gradient()
+        difference = {name: found[name] - value for name, value in plain.items()}
+        if not _length(difference) <= _GRADIENT_TOLERANCE * _length(plain):
+            raise UnsupportedError(
+                f"The per-sample form of the loss ({program.form}) has another gradient than the "
+                f"loss that `training_step` returns: they differ by {_length(difference):.2g}, "
+                f"beside {_length(plain):.2g}. Something in `training_step` does not run under "
+                "torch.func as it does without."
+            )
+
+    # ------------------------------------------------------------------ the parts
+
+    def _not_of_samples(
+        self, hand_written: bool, others: MicroBatch | None
+    ) -> tuple[frozenset[int], str]:
+        """The reductions that get no weights, and what is remarkable about them."""
+        here = self._scout(hand_written)
+        there = here if others is None else self._scout(hand_written, others)
+        if len(here) != len(there):
+            raise UnsupportedError("the number of its reductions depends on the data.")
+        excluded, note = [], ""
+        for place, (seen, again) in enumerate(zip(here, there, strict=True)):
+            shape = seen.reduction.shape
+            matches = rows_are_samples(shape, self.size)
+            constant = seen.gradient is None  # a count, the sum of a mask
+            penalty = others is not None and seen.same(again) and not seen.flat
+            if constant or penalty or not matches:
+                excluded.append(place)
+            if not (constant or penalty or matches):
+                note = (
+                    f" (`{seen.reduction.name}` reduces a tensor of shape {shape}, but the batch "
+                    f"has {self.size} samples: its rows cannot be told apart by sample)"
+                )
+        if len(excluded) == len(here):
+            raise UnsupportedError(f"no reduction over the batch was found in it{note}.")
+        return frozenset(excluded), note
+
+    def _check_affine(self) -> None:
+        """The loss must be what it is at w = 1, plus each sample's share of the change in w."""
+        ones = self.loss.ones().requires_grad_()
+        with torch.enable_grad():
+            whole = self._weighted(ones)
+            (shares,) = torch.autograd.grad(whole, [ones], materialize_grads=True)
+        generator = torch.Generator().manual_seed(0)
+        weights = torch.rand(self.size, generator=generator, dtype=torch.float64)
+        with torch.no_grad():
+            value = float(self._weighted(weights.to(ones)))
+        shares = shares.double().cpu()
+        expected = float(whole.detach()) + float((weights - 1.0) @ shares)
+        scale = max(abs(float(whole.detach())), float(shares.abs().sum()), 1e-6)
+        if not abs(value - expected) <= 10 * _TOLERANCE * scale:
+            raise UnsupportedError("it is not a weighted sum of terms of the samples.")
+
+    def _rest(self, others: MicroBatch | None = None) -> Params:
+        """∇R: what is left of the gradient at w = 0."""
+        with self._instead(others), torch.enable_grad():
+            return self._differentiated(self._weighted(torch.zeros_like(self.loss.ones())))
+
+    def _gradient(self, others: MicroBatch | None = None) -> Params:
+        """The gradient of the loss as `training_step` returns it."""
+        with self._instead(others), torch.enable_grad():
+            value = self.program.run(self.loss.micro, self.loss.random)
+        return {} if value is None else self._differentiated(value)
+
+    def _scout(self, hand_written: bool, others: MicroBatch | None = None) -> list[_Seen]:
+        scout = ReductionScout(hand_written=hand_written)
+        with self._instead(others), torch.enable_grad(), scout:
+            self.program.run(self.loss.micro, self.loss.random)
+        inputs = [self.program.parameters[name] for name in self.program.trainable]
+        found = []
+        for reduction in scout.found:
+            gradient = None
+            if reduction.value.requires_grad:
+                gradient = torch.autograd.grad(
+                    reduction.value, inputs, retain_graph=True, materialize_grads=True
+                )
+            found.append(_Seen(replace(reduction, value=reduction.value.detach()), gradient))
+        return found
+
+    def _weighted(self, weights: Tensor, params: Params | None = None) -> Tensor:
+        # Not `around` w = 1: at w = 0 the samples' part is to be zero, not a rounding error.
+        micro, random = self.loss.micro, self.loss.random
+        return self.program.weighted(micro, random, weights, params, around=False)
+
+    def _differentiated(self, value: Tensor) -> Params:
+        names = self.program.trainable
+        if not value.requires_grad:
+            return {name: torch.zeros_like(self.program.parameters[name]) for name in names}
+        inputs = [self.program.parameters[name] for name in names]
+        grads = torch.autograd.grad(value, inputs, materialize_grads=True)
+        return dict(zip(names, grads, strict=True))
+
+    # ------------------------------------------------------------------ other samples
+
+    def _others(self) -> MicroBatch | None:
+        """A batch of other samples that gives another gradient; None where the data have none."""
+        here = self._gradient()
+        for change in (_following, _one_sample):
+            pieces = []
+            for piece in self.loss.micro.pieces:
+                count = len(self.program.batches.loaders[piece.source].dataset)  # type: ignore[arg-type]
+                pieces.append(Piece(piece.source, change(piece.indices, count)))
+            others = replace(self.loss.micro, pieces=tuple(pieces))
+            there = self._gradient(others)
+            if math.isfinite(_length(there)) and not _close(here, there):
+                return others
+        return None
+
+    @contextmanager
+    def _instead(self, others: MicroBatch | None) -> Iterator[None]:
+        """Let the step see other samples."""
+        if others is not None:
+            batch = self.program.batch(others)
+            self.program.substitute = lambda _: batch
+        try:
+            yield
+        finally:
+            self.program.substitute = None
+
+
+def _following(indices: np.ndarray, count: int) -> np.ndarray:
+    """The samples after the batch's last one; the same ones in another order in a full batch."""
+    return (indices.max() + 1 + np.arange(len(indices))) % count
+
+
+def _one_sample(indices: np.ndarray, count: int) -> np.ndarray:
+    """One sample in every place."""
+    return np.full_like(indices, (indices[0] + 1) % count)
+
+
+def _length(gradient: Params) -> float:
+    return float(dot(gradient, gradient).sqrt())
+
+
+def _close(left: Params, right: Params) -> bool:
+    """Whether two gradients are the same up to rounding."""
+    difference = {name: value - right[name] for name, value in left.items()}
+    return _length(difference) <= _TOLERANCE * max(_length(left), _length(right))

@@ -1,0 +1,450 @@
+"""F_t: one optimiser step as a pure function of (state, per-sample weights), and its derivatives.
+
+| symbol (method) | name here |
+|---|---|
+| s_t = (θ_t, slots) | ``state`` |
+| w | ``weights``, ``[N]``: every drawn sample of the step, its micro-batches one after the other |
+| Σ_m c_m L_m(θ, w_m) | ``losses``, each with c_m already in it |
+| g = Σ_m c_m ∇L_m | ``gradient`` |
+| U: (s, g) -> s', with clipping in front | ``Update`` |
+
+`StepMap.__call__` is the definition. The other methods are its derivatives, arranged around the split
+F_t = U ∘ g: whatever the optimiser, only one Hessian product of the loss is needed, and the rest is
+elementwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.func import grad, jvp, vmap
+from torch.utils import _pytree as pytree
+
+from lightning_accie.replay.state import Params, Slots, State, unflatten_like
+from lightning_accie.replay.tape import Tape
+from lightning_accie.replay.update_rules import UpdateRule
+
+_SHARED_PRIMAL: Any = (None, 0)
+"""`vmap`'s output dimensions of (one value for all, one tangent each)."""
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Gradient clipping as `Trainer` does it: ``"norm"`` (global) or ``"value"``, at ``limit``."""
+
+    algorithm: str
+    limit: float
+
+    def __call__(self, grads: Params) -> Params:
+        """Clip; the operations are those of `torch.nn.utils.clip_grad_norm_` in its order.
+
+        Returns:
+            The clipped gradients.
+        """
+        if self.algorithm == "value":
+            return {name: g.clamp(-self.limit, self.limit) for name, g in grads.items()}
+        if not grads:
+            return grads
+        # The norm's derivative at 0 is defined as 0 by torch for both modes of differentiation.
+        norms = torch.stack([torch.linalg.vector_norm(g) for g in grads.values()])
+        total = torch.linalg.vector_norm(norms)
+        coefficient = torch.clamp(self.limit / (total + 1e-6), max=1.0)
+        return {name: g * coefficient for name, g in grads.items()}
+
+
+@dataclass(frozen=True)
+class Update:
+    """U: clipping, then the optimiser's rule with the step's settings.
+
+    Attributes:
+        rule: the optimiser's update rule.
+        settings: per parameter name, the hyper-parameters of its group at this step.
+        counts: per parameter name, the updates it has had before.
+        clip: gradient clipping, or None.
+    """
+
+    rule: UpdateRule
+    settings: Mapping[str, Mapping[str, Any]]
+    counts: Mapping[str, int]
+    clip: Clip | None
+
+    def __call__(self, state: State, grads: Params) -> State:
+        """Apply one update. A parameter without a gradient stays as it is, as in torch.
+
+        Returns:
+            The next state.
+        """
+        if self.clip is not None:
+            grads = self.clip(grads)
+        params: Params = {}
+        slots: Slots = {}
+        for name, param in state.params.items():
+            old = state.slots.get(name, {})
+            if name not in grads:
+                params[name], slots[name] = param, dict(old)
+            else:
+                params[name], new = self.rule.update(
+                    param, grads[name], old, self.counts[name], self.settings[name]
+                )
+                slots[name] = dict(sorted(new.items()))
+        return State(params, slots)
+
+    @property
+    def linear(self) -> bool:
+        """Whether the next state is affine in the gradient."""
+        settings = list(self.settings.values())
+        distinct = [s for i, s in enumerate(settings) if all(s is not t for t in settings[:i])]
+        return self.clip is None and all(self.rule.linear_in_gradient(s) for s in distinct)
+
+    def vjp(self, state: State, grads: Params, cotangent: State) -> tuple[State, Params]:
+        """Pull a cotangent of the next state back to (state, gradient).
+
+        Returns:
+            The cotangents of the state and of the gradient.
+        """
+        if self.linear and hasattr(self.rule, "vjp"):
+            return self._linear_vjp(state, cotangent, grads.keys(), self.rule.vjp)
+        leaves = [leaf.detach().requires_grad_() for leaf in state.leaves()]
+        at = {name: g.detach().requires_grad_() for name, g in grads.items()}
+        with torch.enable_grad():
+            new = self(unflatten_like(state, leaves), at)
+        outputs, cotangents = [], []
+        for out, value in zip(new.leaves(), cotangent.leaves(), strict=True):
+            if out.requires_grad:
+                outputs.append(out)
+                cotangents.append(value)
+        inputs = [*leaves, *at.values()]
+        pulled = torch.autograd.grad(outputs, inputs, cotangents, materialize_grads=True)
+        back = unflatten_like(state, list(pulled[: len(leaves)]))
+        return back, dict(zip(at, pulled[len(leaves) :], strict=True))
+
+    def _linear_vjp(
+        self, state: State, cotangent: State, used: Collection[str], vjp: Callable[..., Any]
+    ) -> tuple[State, Params]:
+        """The same by the rule's own formula."""
+        params: Params = {}
+        slots: Slots = {}
+        grads: Params = {}
+        for name, value in cotangent.params.items():
+            after = cotangent.slots.get(name, {})
+            if name not in used:
+                params[name], slots[name] = value, dict(after)
+                continue
+            before = state.slots.get(name, {})
+            params[name], slots[name], grads[name] = vjp(value, after, before, self.settings[name])
+        return State(params, slots), grads
+
+
+class MicroLoss(Protocol):
+    """One micro-batch's share c_m L_m(θ, w) of the step's loss, as the replay provides it."""
+
+    samples: Tensor
+    """``[B]`` int64: which training sample each of the batch's B places holds."""
+    tape: Tape | None
+    """Its gradient with the graph, where the walk to this step kept it."""
+
+    def functional(self, params: Params, weights: Tensor) -> Tensor:
+        """The loss from explicit parameters; runs under `torch.func`'s transforms."""
+        ...
+
+    def bound(self, weights: Tensor) -> tuple[Tensor, Params]:
+        """The loss from the module's bound parameters, and those parameters, for plain autograd."""
+        ...
+
+    def ones(self) -> Tensor:
+        """``[B]`` ones in the dtype and on the device of the loss."""
+        ...
+
+
+@dataclass(frozen=True)
+class StepMap:
+    """F_t at a recorded step.
+
+    Attributes:
+        losses: the step's micro-batches.
+        update: U at this step.
+        used: the names of the parameters that get a gradient at this step.
+        penalty: whether the loss has a part R(θ) that belongs to no sample.
+        product: how `vjp` gets a Hessian product, ``"double-backward"`` or
+            ``"reverse-over-forward"``. The results are the same; which is cheaper depends on the
+            module.
+        vectorize: whether counterfactuals run side by side (`torch.func.vmap`) or one by one, for
+            operators and control flow that vmap does not take.
+    """
+
+    losses: Sequence[MicroLoss]
+    update: Update
+    used: tuple[str, ...]
+    penalty: bool = False
+    product: str = "double-backward"
+    vectorize: bool = True
+
+    # ------------------------------------------------------------------ the map itself
+
+    @property
+    def samples(self) -> Tensor:
+        """``[N]`` int64: the sample at each place of w."""
+        if not self.losses:
+            return torch.zeros(0, dtype=torch.int64)
+        return torch.cat([loss.samples for loss in self.losses])
+
+    def ones(self) -> Tensor:
+        """The weights of the real run.
+
+        Returns:
+            ``[N]`` ones.
+        """
+        return torch.cat([loss.ones() for loss in self.losses]) if self.losses else torch.zeros(0)
+
+    def removal_weights(self, removed: Tensor) -> Tensor:
+        """The weights that leave out sample ``removed[k]`` in the k-th counterfactual.
+
+        Args:
+            removed: ``[K]`` int64, sample numbers; a negative number removes nothing.
+
+        Returns:
+            ``[K, N]``: 0 where the place holds the removed sample, else 1.
+        """
+        return self.ones() * (self.samples[None, :] != removed[:, None])
+
+    def __call__(self, state: State, weights: Tensor) -> State:
+        """F_t(s, w).
+
+        Args:
+            state: s.
+            weights: ``[N]``.
+
+        Returns:
+            The next state.
+        """
+        return self.update(state, self.gradient(state.params, weights))
+
+    def gradient(self, params: Params, weights: Tensor) -> Params:
+        """∇_θ Σ_m c_m L_m(θ, w_m), for the parameters in use.
+
+        Args:
+            params: θ.
+            weights: ``[N]``.
+
+        Returns:
+            The gradient by parameter name.
+        """
+        parts = [
+            grad(loss.functional)(params, part)
+            for loss, part in zip(self.losses, self._split(weights), strict=True)
+        ]
+        return {name: sum_of([part[name] for part in parts]) for name in self.used if parts}
+
+    def _split(self, weights: Tensor) -> list[Tensor]:
+        """``[..., N]`` into one ``[..., B]`` a micro-batch."""
+        return list(weights.split([len(loss.samples) for loss in self.losses], dim=-1))
+
+    # ------------------------------------------------------------------ forwards
+
+    def advance_many(self, states: State, removed: Tensor) -> State:
+        """Take K counterfactual steps at once: F_t(s_k, 1 - e_{removed[k]}).
+
+        Args:
+            states: K states, stacked.
+            removed: ``[K]`` sample numbers.
+
+        Returns:
+            The K next states, stacked.
+        """
+        if not self.losses:
+            return states
+        return self._over_rows(self, states, self.removal_weights(removed))
+
+    def _over_rows(self, function: Callable[..., Any], *rows: Any) -> Any:
+        """Map a function over the leading dimension of its arguments."""
+        if self.vectorize:
+            return vmap(function, randomness="same")(*rows)
+        count = len(pytree.tree_leaves(rows)[0])
+        found = [function(*pytree.tree_map(lambda t: t[k], rows)) for k in range(count)]  # noqa: B023
+        return pytree.tree_map(lambda *values: torch.stack(values), *found)
+
+    def push(self, state: State, tangents: State, removed: Tensor) -> State:
+        """The step of ACC-SGD-IE (arXiv 2510.26185; method: section 3), for K samples at once.
+
+        Δ_k <- [F_t(s_t, 1-e_k) - F_t(s_t, 1)] + ∂_s F_t(s_t, 1-e_k) Δ_k
+
+        The Hessian product of the whole batch, HΔ_k, shares one primal between all K; what leaving
+        out k changes, -g_k and -H_kΔ_k, is computed for those k alone that the step drew.
+
+        Args:
+            state: s_t.
+            tangents: Δ, K of them stacked.
+            removed: ``[K]`` sample numbers.
+
+        Returns:
+            The K next tangents, stacked.
+        """
+        if not self.losses:
+            return tangents
+        ones = self.ones()
+
+        def product(tangent: Params) -> tuple[Params, Params]:
+            return _jvp(lambda p: self.gradient(p, ones), (state.params,), (tangent,))
+
+        if self.vectorize:
+            shared = vmap(product, out_dims=_SHARED_PRIMAL, randomness="same")
+            gradient, curved = shared(tangents.params)
+        else:
+            gradients, curved = self._over_rows(product, tangents.params)
+            gradient = {name: value[0] for name, value in gradients.items()}
+        shift = {name: torch.zeros_like(value) for name, value in curved.items()}
+        rows = (self.samples[None, :] == removed[:, None]).any(1).nonzero()[:, 0]
+        if len(rows):
+            moved = {name: value[rows] for name, value in tangents.params.items()}
+            first, second = self._leaving_out(state.params, moved, removed[rows])
+            for name in curved:
+                shift[name].index_copy_(0, rows, first[name])
+                curved[name].index_add_(0, rows, second[name])
+        return self._push_update(state, gradient, tangents, curved, shift)
+
+    def _leaving_out(
+        self, params: Params, tangents: Params, removed: Tensor
+    ) -> tuple[Params, Params]:
+        """What leaving out k adds to the gradient, -g_k/|m|, and to HΔ_k, -H_kΔ_k/|m|."""
+        change = self.removal_weights(removed) - 1.0
+        nothing = torch.zeros_like(self.ones())
+
+        def effect(tangent: Params, v: Tensor) -> tuple[Params, Params]:
+            def removed_part(p: Params) -> Params:  # the loss is affine in w: take R out again
+                part = self.gradient(p, v)
+                if not self.penalty:
+                    return part
+                constant = self.gradient(p, nothing)
+                return {name: value - constant[name] for name, value in part.items()}
+
+            return _jvp(removed_part, (params,), (tangent,))
+
+        return self._over_rows(effect, tangents, change)
+
+    def _push_update(
+        self, state: State, gradient: Params, tangents: State, curved: Params, shift: Params
+    ) -> State:
+        """Carry Δ_k and the change of the gradient through U."""
+        if self.update.linear:  # then the bracket is U's derivative too
+
+            def linear(tangent: State, curve: Params, move: Params) -> State:
+                total = {name: curve[name] + move[name] for name in curve}
+                return _jvp(self.update, (state, gradient), (tangent, total))[1]
+
+            return vmap(linear)(tangents, curved, shift)
+        base = self.update(state, gradient)
+
+        def general(tangent: State, curve: Params, move: Params) -> State:
+            at = {name: gradient[name] + move[name] for name in gradient}
+            new, moved = _jvp(self.update, (state, at), (tangent, curve))
+            leaves = zip(new.leaves(), base.leaves(), moved.leaves(), strict=True)
+            return unflatten_like(base, [(n - b) + m for n, b, m in leaves])
+
+        return vmap(general)(tangents, curved, shift)
+
+    # ------------------------------------------------------------------ backwards: SGD-IE
+
+    def vjp(self, state: State, cotangent: State) -> tuple[State, Tensor]:
+        """Pull λ_{t+1} back through F_t at (s_t, 1); the module must be bound to ``state``.
+
+        Args:
+            state: s_t.
+            cotangent: λ_{t+1}.
+
+        Returns:
+            λ_t, and γ_t ``[N]`` with γ_t[i] = ⟨λ_{t+1}, ∂F_t/∂w_i⟩.
+        """
+        if not self.losses:
+            return self.update.vjp(state, {}, cotangent)[0], torch.zeros(0)
+        if self.update.linear:  # U's derivative does not depend on the gradient
+            back, mu = self.update.vjp(state, self._placeholder(state), cotangent)
+            products = [self._product(loss, state.params, mu) for loss in self.losses]
+        elif len(self.losses) == 1 and self.product == "double-backward":
+            tape = self._tape(self.losses[0])
+            back, mu = self.update.vjp(state, tape.detached(), cotangent)
+            products = [tape.product(mu)]
+        else:  # the whole gradient first, then one graph at a time
+            back, mu = self.update.vjp(state, self.plain_gradient(), cotangent)
+            products = [self._product(loss, state.params, mu) for loss in self.losses]
+        params = dict(back.params)
+        for hessian_product, _ in products:
+            for name, value in hessian_product.items():
+                params[name] = params[name] + value
+        return State(params, back.slots), torch.cat([gamma for _, gamma in products])
+
+    def vjp_without_curvature(self, state: State, cotangent: State) -> tuple[State, Tensor]:
+        """Pull λ_{t+1} back with the loss's Hessian left out, as TracIn does.
+
+        Args:
+            state: s_t.
+            cotangent: λ_{t+1}.
+
+        Returns:
+            λ_t (for SGD without weight decay: λ_{t+1}), and γ_t ``[N]``.
+        """
+        if not self.losses:
+            return self.update.vjp(state, {}, cotangent)[0], torch.zeros(0)
+        linear = self.update.linear
+        gradient = self._placeholder(state) if linear else self.gradient(state.params, self.ones())
+        back, mu = self.update.vjp(state, gradient, cotangent)
+        direction = {n: mu.get(n, torch.zeros_like(p)) for n, p in state.params.items()}
+        return back, torch.cat([_slopes(loss, state.params, direction) for loss in self.losses])
+
+    def plain_gradient(self) -> Params:
+        """The gradient at the bound parameters and weights 1, by plain autograd.
+
+        Returns:
+            The gradient by parameter name.
+        """
+        parts = [self._gradient_of(loss) for loss in self.losses]
+        return {n: sum_of([part[n] for part in parts if n in part]) for n in self.used}
+
+    def _gradient_of(self, loss: MicroLoss) -> Params:
+        tape = loss.tape or Tape.of(loss, self.used, create_graph=False)
+        return tape.detached()
+
+    def _placeholder(self, state: State) -> Params:
+        """A gradient of the right shapes, where its values do not matter."""
+        return {name: state.params[name] for name in self.used}
+
+    def _tape(self, loss: MicroLoss) -> Tape:
+        return loss.tape if loss.tape is not None else Tape.of(loss, self.used)
+
+    def _product(self, loss: MicroLoss, params: Params, mu: Params) -> tuple[Params, Tensor]:
+        """Hμ and γ of one micro-batch: the gradient of ⟨μ, ∇_θL(θ, w)⟩ in θ and w."""
+        if self.product == "double-backward":
+            return self._tape(loss).product(mu)
+        direction = {n: mu.get(n, torch.zeros_like(p)) for n, p in params.items()}
+
+        def slope(p: Params, w: Tensor) -> Tensor:
+            return _jvp(lambda q: loss.functional(q, w), (p,), (direction,))[1]
+
+        by_params, by_weights = grad(slope, argnums=(0, 1))(params, loss.ones())
+        return by_params, by_weights
+
+
+def _jvp(function: Callable[..., Any], at: tuple[Any, ...], along: tuple[Any, ...]) -> Any:
+    """`torch.func.jvp` without auxiliary output: the value and its tangent."""
+    return jvp(function, at, along)
+
+
+def _slopes(loss: MicroLoss, params: Params, direction: Params) -> Tensor:
+    """⟨∇_θ ∂L/∂w_i, direction⟩ for every sample of a micro-batch, by one forward-mode derivative."""
+    by_weights = grad(loss.functional, argnums=1)
+    return _jvp(lambda p: by_weights(p, loss.ones()), (params,), (direction,))[1]
+
+
+def sum_of(parts: Sequence[Tensor]) -> Tensor:
+    """Add tensors in order, as gradient accumulation does.
+
+    Returns:
+        The sum.
+    """
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total

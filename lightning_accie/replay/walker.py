@@ -1,0 +1,464 @@
+"""s_0 … s_T again, forwards or backwards, checked against the recorded run, within a memory budget."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_accie.errors import ReplayMismatchError, TrajectoryError
+from lightning_accie.replay.module import RecordedLoss, TrainingProgram
+from lightning_accie.replay.random_state import Restorable
+from lightning_accie.replay.state import Params, Slots, State
+from lightning_accie.replay.step import Clip, StepMap, Update, sum_of
+from lightning_accie.replay.tape import Tape, saved_bytes
+from lightning_accie.replay.update_rules import rule_named
+from lightning_accie.trajectory.reader import Trajectory
+from lightning_accie.trajectory.records import MicroBatch, RandomState, Step
+
+LOSS_TOLERANCE = 1e-4
+"""Largest relative difference of a replayed loss, where the replay is not bit-exact."""
+STATE_TOLERANCE = 1e-3
+"""Largest difference of a replayed tensor from a checkpoint, relative to its largest entry."""
+
+
+_LEAST_TAPES = 16
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Everything that step ``step`` starts from.
+
+    Attributes:
+        step: t.
+        state: s_t.
+        counts: per parameter, the updates it has had.
+        buffers: the module's buffers.
+        random: the generators' states that the last drawing step left, or None.
+    """
+
+    step: int
+    state: State
+    counts: Mapping[str, int]
+    buffers: Mapping[str, Tensor]
+    random: RandomState | None = None
+
+    def nbytes(self) -> int:
+        """Count the bytes held.
+
+        Returns:
+            State, buffers and generators.
+        """
+        extra = [*self.buffers.values(), *(self.random or {}).values()]
+        return self.state.nbytes() + sum(t.numel() * t.element_size() for t in extra)
+
+
+@dataclass(frozen=True)
+class Visit:
+    """One stop of a walk: F_t and the state it starts from; the module is bound to that state."""
+
+    map: StepMap
+    snapshot: Snapshot
+
+    @property
+    def step(self) -> int:
+        """The step's number t."""
+        return self.snapshot.step
+
+    @property
+    def state(self) -> State:
+        """s_t."""
+        return self.snapshot.state
+
+
+@dataclass
+class Fidelity:
+    """How well the replay followed the record so far.
+
+    Attributes:
+        losses: losses compared.
+        checkpoints: checkpoints compared.
+        largest_loss_difference: the largest relative difference of a loss.
+        largest_state_difference: the largest difference of a checkpoint's tensor, relative to its
+            largest entry.
+    """
+
+    losses: int = 0
+    checkpoints: int = 0
+    largest_loss_difference: float = 0.0
+    largest_state_difference: float = 0.0
+    seen: set[int] = field(default_factory=set, repr=False)
+
+    @property
+    def bit_exact(self) -> bool:
+        """Whether every compared number was equal bit for bit."""
+        return self.largest_loss_difference == 0.0 and self.largest_state_difference == 0.0
+
+
+class Walker:
+    """Replays a trajectory and stops at its steps.
+
+    Args:
+        trajectory: the recorded run.
+        program: the module's training step.
+        memory_budget: bytes that stored states may take; what does not fit is recomputed from the
+            nearest stored state.
+        product: how `StepMap.vjp` computes; see there.
+    """
+
+    def __init__(
+        self,
+        trajectory: Trajectory,
+        program: TrainingProgram,
+        *,
+        memory_budget: int,
+        product: str = "double-backward",
+    ) -> None:
+        self.trajectory = trajectory
+        self.program = program
+        self.memory_budget = memory_budget
+        self.product = product
+        self.vectorize = True
+        self.fidelity = Fidelity()
+        header = trajectory.header
+        self._rule = rule_named(header["optimizer"])
+        clip = header["clip"]
+        self._clip = Clip(clip["algorithm"], clip["value"]) if clip else None
+        self._groups = [tuple(group) for group in header["groups"]]
+        self._tapes: bool | None = None
+        self._tape_bytes = 0
+        self._bytes: int | None = None
+        self._checkpoints = frozenset(trajectory.checkpoint_steps)
+        self._held: Mapping[str, Tensor] | None = None
+        self._versions: tuple[int, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.trajectory)
+
+    # ------------------------------------------------------------------ walks
+
+    def start(self) -> Snapshot:
+        """Load s_0.
+
+        Returns:
+            The snapshot before the first step.
+        """
+        return self._load(0)
+
+    def forwards(self) -> Iterator[Visit]:
+        """Walk from s_0 to s_T.
+
+        Yields:
+            Every step in order.
+        """
+        snapshot = self.start()
+        for _ in range(len(self)):
+            visit, following = self._advance(snapshot)
+            self._rebind(visit)
+            yield visit
+            snapshot = following
+
+    def final(self) -> Snapshot:
+        """Replay to the end of the run, or load its final checkpoint.
+
+        Returns:
+            The snapshot s_T.
+        """
+        if len(self) in self._checkpoints:
+            return self._load(len(self))
+        snapshot = self._load(max(self._checkpoints))
+        while snapshot.step < len(self):
+            snapshot = self._advance(snapshot)[1]
+        return snapshot
+
+    def backwards(self) -> Iterator[Visit]:
+        """Walk from s_{T-1} down to s_0, recomputing segments that do not fit the memory budget.
+
+        Yields:
+            Every step, the last one first.
+        """
+        start = self.start()
+        yield from self._reversed(start, len(self), self._room())
+
+    def passes(self) -> int:
+        """Count how often `backwards` runs each step forwards.
+
+        Returns:
+            1 where all states fit into memory, one more for every level of recomputation.
+        """
+        room, levels, length = self._room(), 1, len(self)
+        while length > room:
+            keep = _anchors(room)
+            length, room, levels = math.ceil(length / keep), max(2, room - keep), levels + 1
+        return levels
+
+    def _room(self) -> int:
+        """How many steps fit the budget, each with its snapshot and its tape, if tapes are kept."""
+        each = self._snapshot_bytes() + (self._tape_bytes if self._keeps_tapes() else 0)
+        return max(4, self.memory_budget // max(1, each))
+
+    def _snapshot_bytes(self) -> int:
+        """The bytes of a snapshot once the first step has made the optimiser's slots."""
+        if self._bytes is None:
+            self._bytes = self._advance(self.start())[1].nbytes() if len(self) else 0
+        return self._bytes
+
+    def _reversed(self, start: Snapshot, stop: int, room: int) -> Iterator[Visit]:
+        length = stop - start.step
+        if length <= room:
+            visits = []
+            snapshot = start
+            for _ in range(length):
+                visit, snapshot = self._advance(snapshot, keep_tape=self._keeps_tapes())
+                visits.append(visit)
+            while visits:
+                visit = visits.pop()
+                self._rebind(visit)
+                yield visit
+            return
+        keep = _anchors(room)
+        stride = math.ceil(length / keep)
+        anchors = [start]
+        snapshot = start
+        while snapshot.step < stop - stride:
+            for _ in range(stride):
+                snapshot = self._advance(snapshot)[1]
+            anchors.append(snapshot)
+        end = stop
+        while anchors:
+            anchor = anchors.pop()
+            yield from self._reversed(anchor, end, max(2, room - keep))
+            end = anchor.step
+
+    def _rebind(self, visit: Visit) -> None:
+        self.program.bind(visit.state.params)
+        self._restore_buffers(visit.snapshot.buffers)
+
+    # ------------------------------------------------------------------ one step
+
+    def _advance(self, snapshot: Snapshot, *, keep_tape: bool = False) -> tuple[Visit, Snapshot]:
+        """Run one recorded step as training did, and check it.
+
+        With ``keep_tape`` the step's graph is kept for `StepMap.vjp`, which saves running it again.
+
+        Returns:
+            The visit, and the snapshot after it.
+        """
+        step = self.trajectory.step(snapshot.step)
+        self.program.bind(snapshot.state.params)
+        self._restore_buffers(snapshot.buffers)
+        random = snapshot.random
+        losses: list[RecordedLoss] = []
+        grads: list[dict[str, Tensor]] = []
+        for micro in step.micro_batches:
+            before = (micro.random or random) if micro.draws else None
+            restorable = None if before is None else Restorable.of(before)
+            loss = RecordedLoss(self.program, micro, restorable)
+            gradient = self._run_taped(step, loss) if keep_tape else self._run(step, loss)
+            if micro.draws:
+                random = self.program.random_now(host="numpy" in (before or {}))
+            if gradient is not None:
+                losses.append(loss)
+                grads.append(gradient)
+        total = self._accumulate(grads)
+        update = self._update(step, snapshot)
+        with torch.no_grad():
+            state = update(snapshot.state, total)
+        used = tuple(name for name in self.program.trainable if name in total)
+        counts = {name: n + (name in total) for name, n in snapshot.counts.items()}
+        visit = Visit(
+            StepMap(losses, update, used, self.program.form.penalty, self.product, self.vectorize),
+            snapshot,
+        )
+        following = Snapshot(snapshot.step + 1, state, counts, self._copy_buffers(), random)
+        return visit, self._check_state(following)
+
+    def _run(self, step: Step, loss: RecordedLoss) -> Params | None:
+        """The gradient as training computed it; None where there was no loss."""
+        value = self.program.run(loss.micro, loss.random)
+        self._check_loss(step, loss.micro, value)
+        if value is None:
+            return None
+        names = self.program.trainable
+        parameters = [self.program.parameters[name] for name in names]
+        value = value / loss.micro.accumulate
+        grads = torch.autograd.grad(value, parameters, allow_unused=True)
+        return {name: g for name, g in zip(names, grads, strict=True) if g is not None}
+
+    def _run_taped(self, step: Step, loss: RecordedLoss) -> Params | None:
+        """The same, to the bit, with the graph kept."""
+        if loss.micro.loss is None:
+            return self._run(step, loss)
+        loss.tape = Tape.of(loss, self.program.trainable)
+        self._check_loss(step, loss.micro, loss.tape.value * loss.micro.accumulate)
+        return loss.tape.detached()
+
+    def _keeps_tapes(self) -> bool:
+        """Whether the weighted loss gives the very gradient that training had.
+
+        It does not where a derivative needs other kernels than a plain run does (attention), and
+        the running statistics of normalisation layers would not be updated. Found out once, at
+        the first step.
+
+        Returns:
+            Whether the forward walk may keep the graphs.
+        """
+        if self._tapes is None:
+            self._tapes = self.product == "double-backward" and self._tapes_match()
+            each = self._snapshot_bytes() + self._tape_bytes
+            if self.memory_budget < _LEAST_TAPES * each:  # better many states than a few tapes
+                self._tapes = False
+        return self._tapes
+
+    def _tapes_match(self) -> bool:
+        if self.program.tracks_statistics:
+            return False
+        visit, _ = self._advance(self.start())
+        self._rebind(visit)
+        step = self.trajectory.step(0)
+        for loss in visit.map.losses:
+            assert isinstance(loss, RecordedLoss)
+            plain = self._run(step, loss)
+            self._tape_bytes += saved_bytes(partial(Tape.of, loss, self.program.trainable))
+            taped = Tape.of(loss, self.program.trainable)
+            recorded = loss.micro.loss
+            if float(taped.value) * loss.micro.accumulate != recorded or plain is None:
+                return False
+            pairs = ((plain.get(name), taped.grads.get(name)) for name in self.program.trainable)
+            if any(a is None or b is None or not torch.equal(a, b) for a, b in pairs):
+                return False
+        return bool(visit.map.losses)
+
+    def _accumulate(self, grads: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Add the micro-batches' gradients in order; a parameter that none used has none."""
+        have = {
+            name: [part[name] for part in grads if name in part] for name in self.program.trainable
+        }
+        return {name: sum_of(parts) for name, parts in have.items() if parts}
+
+    def _update(self, step: Step, snapshot: Snapshot) -> Update:
+        settings = {
+            name: group
+            for names, group in zip(self._groups, step.settings, strict=True)
+            for name in names
+        }
+        return Update(self._rule, settings, snapshot.counts, self._clip)
+
+    # ------------------------------------------------------------------ buffers and checkpoints
+
+    def _copy_buffers(self) -> Mapping[str, Tensor]:
+        """The module's buffers now; copied only when one was written to since the last copy."""
+        versions = self.program.buffer_versions()
+        if self._held is None or self._versions != versions:
+            self._held = {name: b.detach().clone() for name, b in self.program.buffers.items()}
+            self._versions = versions
+        return self._held
+
+    def _restore_buffers(self, buffers: Mapping[str, Tensor]) -> None:
+        if buffers is self._held and self._versions == self.program.buffer_versions():
+            return
+        self.program.load_buffers(buffers)
+        self._held, self._versions = buffers, self.program.buffer_versions()
+
+    def _load(self, step: int) -> Snapshot:
+        checkpoint = self.trajectory.checkpoint(step)
+        tensors = checkpoint.tensors
+        params: dict[str, Tensor] = {}
+        slots: Slots = {name: {} for name in self.program.names}
+        buffers: dict[str, Tensor] = {}
+        random: dict[str, Tensor] = {}
+        for key, value in sorted(tensors.items()):  # `State.leaves` counts on slots in this order
+            kind, _, name = key.partition("/")
+            if kind == "random":
+                random[name] = value
+                continue
+            value = value.to(self.program.device)
+            if kind == "params":
+                params[name] = value
+            elif kind == "buffers":
+                buffers[name] = value
+            elif kind == "slots":
+                parameter, _, slot = name.rpartition("/")
+                slots[parameter][slot] = value
+            elif kind == "frozen":
+                self.program.load_frozen(name, value)
+        if set(params) != set(self.program.names):
+            raise TrajectoryError(
+                f"Checkpoint {step} of the trajectory {self.trajectory.directory} does not hold "
+                "the parameters that its header names. The trajectory is damaged; record it again."
+            )
+        ordered = {name: params[name] for name in self.program.names}
+        counts = {name: int(checkpoint.meta["counts"][name]) for name in self.program.names}
+        return Snapshot(step, State(ordered, slots), counts, buffers, random or None)
+
+    # ------------------------------------------------------------------ checks
+
+    def _check_loss(self, step: Step, micro: MicroBatch, loss: Tensor | None) -> None:
+        if (loss is None) != (micro.loss is None):
+            raise self._mismatch(step, micro, "training_step returned None in only one of the two")
+        if loss is None or micro.loss is None:
+            return
+        replayed, recorded = float(loss.detach()), micro.loss
+        self.fidelity.losses += 1
+        if replayed == recorded or (math.isnan(replayed) and math.isnan(recorded)):
+            return
+        difference = abs(replayed - recorded) / max(abs(recorded), 1e-3)
+        if not difference <= LOSS_TOLERANCE:
+            raise self._mismatch(
+                step, micro, f"the recorded loss is {recorded:.9g}, the replayed one {replayed:.9g}"
+            )
+        worst = max(self.fidelity.largest_loss_difference, difference)
+        self.fidelity.largest_loss_difference = worst
+
+    def _check_state(self, snapshot: Snapshot) -> Snapshot:
+        """Compare with the checkpoint of this step, where there is one, and go on from it."""
+        if snapshot.step not in self._checkpoints or snapshot.step in self.fidelity.seen:
+            return snapshot
+        self.fidelity.seen.add(snapshot.step)
+        self.fidelity.checkpoints += 1
+        recorded = self._load(snapshot.step)
+        names = [f"parameter `{name}`" for name in recorded.state.params]
+        slots = recorded.state.slots.items()
+        names += [f"`{slot}` of `{name}`" for name, group in slots for slot in group]
+        pairs = zip(names, snapshot.state.leaves(), recorded.state.leaves(), strict=True)
+        for name, replayed, stored in pairs:
+            if torch.equal(replayed, stored):
+                continue
+            scale = stored.abs().max().clamp_min(1e-12)
+            difference = float((replayed - stored).abs().max() / scale)
+            if difference > STATE_TOLERANCE:
+                raise ReplayMismatchError(
+                    f"After {snapshot.step} steps the replayed {name} differs from the checkpoint "
+                    f"by {difference:.2g} of its largest entry. {self._causes()}"
+                )
+            worst = max(self.fidelity.largest_state_difference, difference)
+            self.fidelity.largest_state_difference = worst
+        return snapshot if self.fidelity.bit_exact else replace(snapshot, state=recorded.state)
+
+    def _mismatch(self, step: Step, micro: MicroBatch, what: str) -> ReplayMismatchError:
+        return ReplayMismatchError(
+            f"The replay departs from the recorded run at step {step.number} (epoch {micro.epoch}, "
+            f"batch {micro.batch_idx}): {what}. {self._causes()}"
+        )
+
+    def _causes(self) -> str:
+        hooks: list[Any] = list(self.trajectory.header.get("overridden_hooks", []))
+        text = (
+            "Usual causes: the dataset or its order changed since training, the dataset augments "
+            "at random, training_step reads something outside the batch and the module's state, or "
+            "something besides the optimiser changed the weights."
+        )
+        if hooks:
+            names = ", ".join(f"`{hook}`" for hook in hooks)
+            text += f" The module overrides {names}, which a replay does not run."
+        return text
+
+
+def _anchors(room: int) -> int:
+    """How many of ``room`` snapshots mark the starts of segments; the rest is for one segment."""
+    return max(2, room // 2)
