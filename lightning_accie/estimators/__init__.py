@@ -1,0 +1,47 @@
+"""Estimators of the influence of training samples; one a file, each written with F_t alone."""
+
+from __future__ import annotations
+
+from lightning_accie.estimators.acc_sgd_ie import AccSgdIE
+from lightning_accie.estimators.base import Estimate, Estimator
+from lightning_accie.estimators.leave_one_out import LeaveOneOut
+from lightning_accie.estimators.sgd_ie import SgdIE
+from lightning_accie.estimators.tracin import TracIn
+
+ESTIMATORS: dict[str, type[Estimator]] = {
+    estimator.name: estimator for estimator in (SgdIE, AccSgdIE, LeaveOneOut, TracIn)
+}
+
+
+def resolve_estimator(estimator: str | Estimator) -> Estimator | None:
+    """Turn an ``estimator=`` argument into an estimator.
+
+    Args:
+        estimator: ``"auto"``, a name, or an instance.
+
+    Returns:
+        The estimator; None for ``"auto"``.
+
+    Raises:
+        ValueError: if there is no estimator of that name.
+    """
+    if isinstance(estimator, Estimator):
+        return estimator
+    if estimator == "auto":
+        return None
+    if estimator not in ESTIMATORS:
+        names = ", ".join(f'"{name}"' for name in ["auto", *ESTIMATORS])
+        raise ValueError(f"`estimator` must be one of {names} or an Estimator, got {estimator!r}.")
+    return ESTIMATORS[estimator]()
+
+
+__all__ = [
+    "ESTIMATORS",
+    "AccSgdIE",
+    "Estimate",
+    "Estimator",
+    "LeaveOneOut",
+    "SgdIE",
+    "TracIn",
+    "resolve_estimator",
+]

@@ -1,0 +1,70 @@
+"""SGD-IE (Hara, Nitanda, Maehara 2019, arXiv 1906.08473), for any optimiser.
+
+    λ_T = ∇q(θ_T);   (λ_t, γ_t) = vjp of F_t at (s_t, 1) applied to λ_{t+1};   influence_i = -Σ_t γ_t[i]
+
+One backward walk ranks every sample: the result is -dq/dw_i, with w_i shared by all visits of i.
+
+| symbol | name |
+|---|---|
+| λ_t | ``cotangent`` |
+| γ_t | ``by_weight``, ``[N]`` over the places of the step's batch |
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from lightning_accie.estimators.base import Estimate, Estimator, Replay
+from lightning_accie.replay.state import State, zeros_like
+from lightning_accie.replay.walker import Visit
+
+
+class SgdIE(Estimator):
+    """First-order influence of every sample, from one backward walk over the run.
+
+    Its price does not depend on the number of samples. It is blind to what the sample's own
+    curvature does when it comes round again (`AccSgdIE` is not).
+    """
+
+    name = "sgd-ie"
+    curvature = True
+
+    def estimate(self, replay: Replay) -> Estimate:
+        """Estimate every drawn sample's influence.
+
+        Args:
+            replay: the run and the query.
+
+        Returns:
+            The influence of every sample that the run drew.
+        """
+        final = replay.final.state
+        zero = zeros_like(final)
+        cotangent = State({**zero.params, **replay.query.gradient(final.params)}, zero.slots)
+        influence = torch.zeros(replay.span, dtype=torch.float64)
+        steps = len(replay.walker)
+        with replay.progress.task(self._description(), steps) as advance:
+            for visit in replay.walker.backwards():
+                pull = visit.map.vjp if self.curvature else visit.map.vjp_without_curvature
+                cotangent, by_weight = pull(visit.state, cotangent)
+                influence.index_add_(0, visit.map.samples, -by_weight.double().cpu())
+                advance(1)
+        values = influence[replay.samples]
+        return Estimate(self.name, replay.samples, values, values.isfinite())
+
+    def probe(self, visit: Visit) -> None:
+        """Pull a cotangent back through one step."""
+        still = {name: torch.zeros_like(visit.state.params[name]) for name in visit.map.used}
+        cotangent = visit.map.update(visit.state, still).map(torch.ones_like)
+        if not self.curvature:
+            visit.map.vjp_without_curvature(visit.state, cotangent)
+            return
+        try:
+            visit.map.vjp(visit.state, cotangent)
+        except (RuntimeError, NotImplementedError):
+            replace(visit.map, product="reverse-over-forward").vjp(visit.state, cotangent)
+
+    def _description(self) -> str:
+        return "SGD-IE: every sample"
