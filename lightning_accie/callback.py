@@ -1,0 +1,398 @@
+"""`InfluenceCallback`: Lightning's hooks, each a line or two into the rooms behind."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+
+from lightning_accie._compat import CallbackBase
+from lightning_accie.arguments import check_arguments
+from lightning_accie.capture.indices import IndexRecorder
+from lightning_accie.capture.recorder import Recorder, describe
+from lightning_accie.capture.self_check import FirstStep, QueryCheck, check_first_step
+from lightning_accie.capture.sink import FirstStepWatch, GuardedSink
+from lightning_accie.capture.support import check_module, check_trainer
+from lightning_accie.data import validation_loaders
+from lightning_accie.engine import Describe, InfluenceEngine
+from lightning_accie.errors import InfluenceError, TrajectoryError
+from lightning_accie.estimators import Estimator, SgdIE, resolve_estimator
+from lightning_accie.progress import progress_like
+from lightning_accie.query import QueryFunction, check_query
+from lightning_accie.replay.module import SampleLosses, TrainingProgram
+from lightning_accie.replay.walker import Snapshot
+from lightning_accie.reports import report_all
+from lightning_accie.scores import InfluenceScores
+from lightning_accie.trajectory.sizes import parse_bytes
+from lightning_accie.trajectory.writer import TrajectoryWriter
+
+
+class InfluenceCallback(CallbackBase):
+    """Records a `fit` and ranks its training samples by their influence on a validation metric.
+
+    Training itself is untouched: with the callback it is bit for bit what it is without. The first
+    optimiser step is replayed at once, so that whatever cannot be replayed is refused within the
+    first seconds of `fit`, with the reason and the way out.
+
+    Args:
+        monitor: what influence is measured on: the name of a scalar that the module logs in
+            ``validation_step``, or ``callable(module, batch) -> scalar tensor``. Lower must be
+            better.
+        estimator: ``"auto"`` (rank all by SGD-IE, refine the strongest, verify some exactly), an
+            estimator's name (``"sgd-ie"``, ``"acc-sgd-ie"``, ``"leave-one-out"``, ``"tracin"``), or
+            an instance such as ``AccSgdIE(candidates=500)``.
+        top_k: how many harmful and how many helpful samples to report, and to refine.
+        verify: how many samples to replay exactly, half of them the strongest and half drawn at
+            random; the agreement of estimate and exact replay is reported. 0 for none.
+        run: ``"fit_end"`` to analyse when `fit` ends, or ``"manual"`` to capture only (analyse
+            later with `InfluenceEngine`).
+        dirpath: where results go; default ``<log_dir>/influence``, numbered where that is taken.
+        overwrite: whether a trajectory that is in ``dirpath`` already is replaced; else it is kept,
+            and `fit` refuses to start.
+        disk_budget: bytes that checkpoints may take, as a number or a text such as ``"2GB"``.
+        memory_budget: bytes that the analysis may take beyond the module and its data.
+        sample_losses: ``callable(module, batch) -> [B] tensor``, for a ``training_step`` whose
+            per-sample losses cannot be found by themselves.
+        query_dataloader: batches for the query; default the Trainer's validation data.
+        describe: ``callable(sample) -> dict``, given ``dataset[i]``: columns of your own in every
+            table (label, path, …).
+        loss_column: whether to add each sample's training loss as the column ``loss``, which finds
+            flipped labels better than any influence.
+        console: whether to print the ranking when `fit` ends.
+        seed: of the random choice of samples to verify.
+
+    Attributes:
+        scores: the `InfluenceScores`, once `fit` has ended; None before, and with ``run="manual"``.
+        directory: where the last `fit` was recorded.
+
+    Raises:
+        MisconfigurationException: if an argument has a wrong type or value.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> influence = InfluenceCallback(monitor="val_loss", verify=10)
+        >>> trainer = Trainer(callbacks=[influence], logger=False, enable_checkpointing=False)
+        >>> influence.scores is None
+        True
+    """
+
+    def __init__(
+        self,
+        monitor: str | QueryFunction = "val_loss",
+        *,
+        estimator: str | Estimator = "auto",
+        top_k: int = 25,
+        verify: int = 20,
+        run: str = "fit_end",
+        dirpath: str | Path | None = None,
+        overwrite: bool = False,
+        disk_budget: int | str = "2GB",
+        memory_budget: int | str = "1GB",
+        sample_losses: SampleLosses | None = None,
+        query_dataloader: Any = None,
+        describe: Describe | None = None,
+        loss_column: bool = False,
+        console: bool = True,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        check_arguments(
+            monitor=monitor,
+            estimator=estimator,
+            top_k=top_k,
+            verify=verify,
+            run=run,
+            dirpath=dirpath,
+            overwrite=overwrite,
+            disk_budget=disk_budget,
+            memory_budget=memory_budget,
+            sample_losses=sample_losses,
+            query_dataloader=query_dataloader,
+            describe=describe,
+            loss_column=loss_column,
+            console=console,
+            seed=seed,
+        )
+        self._disk_budget = parse_bytes(disk_budget)
+        self._memory_budget = parse_bytes(memory_budget)
+        self.monitor = monitor
+        self.estimator = estimator
+        self.top_k = top_k
+        self.verify = verify
+        self.run = run
+        self.dirpath = None if dirpath is None else Path(dirpath)
+        self.overwrite = overwrite
+        self.sample_losses = sample_losses
+        self.query_dataloader = query_dataloader
+        self.describe = describe
+        self.loss_column = loss_column
+        self.console = console
+        self.seed = seed
+        self.scores: InfluenceScores | None = None
+        self.directory: Path | None = None
+        # Lightning asks for the key at every hook of every batch.
+        self._state_key = self._generate_state_key(
+            monitor=self._monitor_name, dirpath=str(self.dirpath)
+        )
+        self._indices = IndexRecorder()
+        self._recorder: Recorder | None = None
+        self._writer: TrajectoryWriter | None = None
+        self._first: FirstStepWatch | None = None
+        self._combined: Any = None
+        self._temporary: Path | None = None
+        self._complete = False
+
+    @property
+    def state_key(self) -> str:
+        """Tells several callbacks of one Trainer apart."""
+        return self._state_key
+
+    @property
+    def _monitor_name(self) -> str:
+        if isinstance(self.monitor, str):
+            return self.monitor
+        return str(getattr(self.monitor, "__name__", type(self.monitor).__name__))
+
+    # ------------------------------------------------------------------ capture
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Refuse what cannot be recorded, and watch the dataloaders from the start."""
+        if stage != "fit":
+            return
+        self.scores, self.directory, self._complete = None, None, False
+        self._recorder, self._writer, self._first = None, None, None
+        check_trainer(trainer, self)
+        self._indices.attach(trainer)
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Refuse modules and optimisers that cannot be replayed."""
+        check_module(trainer, pl_module)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Start recording."""
+        self._indices.on_train_start(trainer)
+        if trainer.global_step > 0:
+            rank_zero_warn(
+                f"InfluenceCallback starts recording at step {trainer.global_step} of a resumed "
+                "run: influence will be that of the steps from here on."
+            )
+        self._combined = trainer.fit_loop._combined_loader
+        self._recorder = Recorder(
+            trainer,
+            pl_module,
+            claim=lambda: self._indices.claim(trainer),
+            enabled=lambda: self in trainer.callbacks,
+        )
+        self._recorder.on_first_call = lambda: self._begin(trainer, pl_module)
+        self._recorder.attach()
+
+    def _begin(self, trainer: Any, pl_module: Any) -> None:
+        """Open the trajectory with the state as the first ``training_step`` finds it."""
+        assert self._recorder is not None
+        self.directory = self._resolve_directory(trainer)
+        header = describe(trainer, pl_module, self._indices.sources, self._monitor_name)
+        initial = self._recorder.initial()
+        self._writer = TrajectoryWriter(
+            self.directory / "trajectory",
+            header,
+            disk_budget=self._disk_budget,
+            overwrite=self.overwrite,
+        )
+        self._writer.checkpoint(initial)
+        self._first = FirstStepWatch(header, initial)
+        self._recorder.sink = GuardedSink(self._writer, self._first, self._stop_recording)
+
+    def on_train_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Note which samples the batch holds."""
+        if self._recorder is not None:
+            self._recorder.batch_started(batch_idx)
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """After the first optimiser step: replay it, and refuse what does not come out the same."""
+        first = self._first
+        if first is None or first.step is None or self._recorder is None:
+            return
+        self._first = None
+        after = self._recorder.take(1, copy=True)
+        form = check_first_step(
+            FirstStep(first.header, first.step, first.before, after),
+            pl_module,
+            self._combined,
+            live=trainer,
+            datamodule=trainer.datamodule,
+            sample_losses=self.sample_losses,
+            probe=(resolve_estimator(self.estimator) or SgdIE()).probe,
+            check_query=self._query_check(trainer, pl_module),
+            device=trainer.strategy.root_device,
+        )
+        if self._writer is not None:
+            self._writer.update_header({"loss_form": form.to_json()})
+
+    def _query_check(self, trainer: Any, pl_module: Any) -> QueryCheck | None:
+        """What finds out in the first seconds whether the monitor can be measured at the end."""
+        if self.run != "fit_end":
+            return None
+        data = self.query_dataloader
+        if data is None:
+            data = trainer.fit_loop.epoch_loop.val_loop._combined_loader
+            if data is None and trainer.enable_validation:  # Lightning makes them when they are due
+                return None
+        loaders = validation_loaders(data)
+
+        def check(program: TrainingProgram, snapshot: Snapshot) -> None:
+            check_query(program, pl_module, self.monitor, loaders, snapshot)
+
+        return check
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Keep the final state and close the trajectory."""
+        if self._recorder is None or self._writer is None:
+            return
+        self._recorder.settle()
+        if self._writer is None:  # the disk failed just there
+            return
+        try:
+            self._writer.checkpoint(self._recorder.take(self._recorder.steps))
+            self._writer.close("finished")
+            self._complete = True
+        except TrajectoryError as error:
+            self._stop_recording(error)
+        self._recorder.detach()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Close the trajectory with what ran; it can be analysed with `InfluenceEngine`."""
+        self._detach()
+        if self._recorder is not None:
+            self._recorder.settle()
+            self._close(exception, self._recorder.steps)
+        self._clean_up()
+
+    def _close(self, exception: BaseException, steps: int) -> None:
+        if self._writer is None:
+            return
+        status = "interrupted" if isinstance(exception, KeyboardInterrupt) else "failed"
+        try:
+            self._writer.close(status, f"{type(exception).__name__}: {exception}".strip(": "))
+        except TrajectoryError as error:  # must not hide the exception that ended the run
+            self._stop_recording(error)
+        refused = isinstance(exception, InfluenceError) and not self._complete
+        if self._writer is not None and steps and not refused:
+            rank_zero_info(
+                f"InfluenceCallback kept the {steps} steps that ran in "
+                f"{self.directory}; analyse them with InfluenceEngine."
+            )
+        self._writer = None
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Leave strategy, loaders and optimiser as they were found."""
+        self._detach()
+        self._clean_up()
+
+    def _detach(self) -> None:
+        if self._recorder is not None:
+            self._recorder.detach()
+        self._indices.detach()
+
+    def _clean_up(self) -> None:
+        if self._temporary is not None:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+            self._temporary = None
+
+    def _stop_recording(self, error: TrajectoryError) -> None:
+        """The disk failed: let training go on without the callback."""
+        if self._recorder is not None:
+            self._recorder.detach()
+        if self._writer is not None:
+            self._writer.close("stopped", str(error))
+            self._writer = None
+        rank_zero_warn(
+            f"InfluenceCallback stopped recording, training goes on: {error} The steps recorded "
+            f"until here stay in {self.directory}; no ranking will be made at the end of `fit`."
+        )
+
+    def _resolve_directory(self, trainer: Any) -> Path:
+        if self.dirpath is not None:
+            return self.dirpath
+        if trainer.fast_dev_run:
+            self._temporary = Path(tempfile.mkdtemp(prefix="influence-"))
+            return self._temporary / "influence"
+        root = Path(trainer.log_dir or trainer.default_root_dir)
+        number = 0
+        while True:
+            directory = root / (f"influence-{number}" if number else "influence")
+            try:
+                directory.mkdir(parents=True)
+            except FileExistsError:
+                number += 1
+            except OSError as error:
+                raise TrajectoryError(
+                    f"The directory {directory} for the recording cannot be made: {error}. Choose "
+                    "another one with `dirpath=`."
+                ) from error
+            else:
+                return directory
+
+    # ------------------------------------------------------------------ analysis
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Rank the samples, and report where the Trainer's loggers look."""
+        if self.run != "fit_end" or not self._complete or self.directory is None:
+            return
+        self._indices.detach()
+        try:
+            self._analyse(trainer, pl_module, self.directory)
+        except KeyboardInterrupt:  # the training is done: a Ctrl-C here must not undo it
+            rank_zero_warn(
+                "The influence analysis was interrupted before there was a ranking. The recorded "
+                f"run is in {self.directory / 'trajectory'}: rank it later with "
+                "`InfluenceEngine(trajectory, module, data).estimate()`."
+            )
+
+    def _analyse(self, trainer: Any, pl_module: Any, directory: Path) -> None:
+        validation = trainer.fit_loop.epoch_loop.val_loop
+        if self.query_dataloader is None:
+            validation.setup_data()  # where validation was never due
+        engine = InfluenceEngine(
+            directory / "trajectory",
+            pl_module,
+            self._combined,
+            val_dataloaders=validation._combined_loader,
+            sample_losses=self.sample_losses,
+            memory_budget=self._memory_budget,
+            progress=progress_like(trainer),
+            device=trainer.strategy.root_device,
+            live=trainer,
+            datamodule=trainer.datamodule,
+            val_limits=validation._max_batches or None,
+        )
+        self.scores = engine.estimate(
+            self.monitor,
+            self.estimator,
+            query_dataloader=self.query_dataloader,
+            verify=self.verify,
+            top_k=self.top_k,
+            seed=self.seed,
+            describe=self.describe,
+            loss_column=self.loss_column,
+        )
+        if self.scores.info["interrupted"]:
+            rank_zero_warn(
+                "The influence analysis was interrupted: the ranking stands as far as it had come, "
+                "with fewer samples replayed exactly."
+            )
+        self.scores.save(directory)
+        report_all(
+            trainer.loggers,
+            self.scores,
+            step=trainer.global_step,
+            top_k=self.top_k,
+            sample=engine.sample,
+            console=self.console,
+        )

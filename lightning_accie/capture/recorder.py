@@ -1,0 +1,259 @@
+"""Hook events -> the records of a trajectory."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Mapping
+from functools import partial, wraps
+from typing import Any, Protocol
+
+import lightning
+import torch
+from torch.utils.hooks import RemovableHandle
+
+from lightning_accie.capture.draws import DrawWatch, Verdict
+from lightning_accie.capture.snapshot import parameter_groups, take
+from lightning_accie.capture.support import overridden_hooks, step_arguments
+from lightning_accie.replay.update_rules import qualified_name
+from lightning_accie.trajectory.records import Checkpoint, GroupSettings, MicroBatch, Piece, Step
+
+_FACTS = (
+    "max_epochs",
+    "max_steps",
+    "num_training_batches",
+    "accumulate_grad_batches",
+    "gradient_clip_val",
+    "world_size",
+    "global_rank",
+    "num_devices",
+)
+
+
+class Sink(Protocol):
+    """Where records go: a `TrajectoryWriter`."""
+
+    def append(self, step: Step) -> None:
+        """Take the next step."""
+        ...
+
+    def wants_checkpoint(self, step: int) -> bool:
+        """Tell whether the state before ``step`` is to be kept."""
+        ...
+
+    def checkpoint(self, checkpoint: Checkpoint) -> None:
+        """Keep a state."""
+        ...
+
+
+def describe(trainer: Any, module: Any, sources: list[Any], monitor: str) -> dict[str, Any]:
+    """Write a trajectory's header.
+
+    Args:
+        trainer: the Trainer at train start.
+        module: the LightningModule.
+        sources: the flattened training dataloaders.
+        monitor: the query's name.
+
+    Returns:
+        JSON values that a replay needs, or that an error message wants to name.
+    """
+    optimizer = trainer.optimizers[0]
+    groups = parameter_groups(module, optimizer)
+    named = dict(module.named_parameters())
+    clip = trainer.gradient_clip_val
+    algorithm = trainer.gradient_clip_algorithm or "norm"
+    facts = {name: getattr(trainer, name, None) for name in _FACTS}
+    return {
+        "module": qualified_name(type(module)),
+        "parameters": [[n, list(p.shape), str(p.dtype)] for n, p in named.items()],
+        "groups": [list(group) for group in groups],
+        "frozen": [n for group in groups for n in group if not named[n].requires_grad],
+        "optimizer": qualified_name(type(optimizer)),
+        "clip": {"algorithm": str(getattr(algorithm, "value", algorithm)), "value": float(clip)}
+        if clip
+        else None,
+        "precision": str(trainer.precision),
+        "eval_modules": [n for n, part in module.named_modules() if not part.training],
+        "step_arguments": step_arguments(module),
+        "overridden_hooks": overridden_hooks(module),
+        "trainer": {n: v for n, v in facts.items() if isinstance(v, (int, float, type(None)))},
+        "loaders": [
+            {"samples": len(loader.dataset), "batch_size": loader.batch_size} for loader in sources
+        ],
+        "monitor": monitor,
+        "device": str(trainer.strategy.root_device),
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            "lightning": str(lightning.__version__),
+        },
+    }
+
+
+class Recorder:
+    """Watches one `fit` and writes down its steps.
+
+    A step ends when the optimiser's post-step hook fires. Its record is complete when it is also
+    known whether its last batch drew random numbers, which may be at the start of the next one.
+
+    Args:
+        trainer: the Trainer, about to train.
+        module: the LightningModule.
+        claim: gives the pieces of the batch just delivered (`IndexRecorder.claim`).
+        enabled: whether events count now; false while a tuner borrows the trainer.
+    """
+
+    def __init__(
+        self,
+        trainer: Any,
+        module: Any,
+        claim: Callable[[], tuple[Piece, ...]],
+        enabled: Callable[[], bool],
+    ) -> None:
+        self._trainer = trainer
+        self._module = module
+        self._claim = claim
+        self._enabled = enabled
+        self._optimizer: torch.optim.Optimizer = trainer.optimizers[0]
+        self._groups = parameter_groups(module, self._optimizer)
+        device = trainer.strategy.root_device
+        self._draws = DrawWatch(device if device.type == "cuda" else None)
+        self._open: Callable[..., MicroBatch] | None = None
+        self._due = False
+        self._pieces: tuple[Piece, ...] = ()
+        self._batch_idx = 0
+        self._pending: list[MicroBatch] = []
+        self._settings: tuple[GroupSettings, ...] = ()
+        self._hook: RemovableHandle | None = None
+        self._original: Any = None
+        self.steps = 0
+        self.sink: Sink | None = None
+        self.on_first_call: Callable[[], None] = lambda: None
+
+    # ------------------------------------------------------------------ attaching
+
+    def attach(self) -> None:
+        """Start watching ``training_step`` and the optimiser."""
+        strategy = self._trainer.strategy
+        self._original = strategy.training_step
+
+        @wraps(self._original)
+        def training_step(*args: Any, **kwargs: Any) -> Any:
+            return (
+                self._watch(*args, **kwargs) if self._enabled() else self._original(*args, **kwargs)
+            )
+
+        strategy.training_step = training_step
+        self._hook = self._optimizer.register_step_post_hook(self._stepped)
+
+    def detach(self) -> None:
+        """Undo `attach`; may be called twice."""
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+        if self._original is not None:
+            self._trainer.strategy.__dict__.pop("training_step", None)
+            self._original = None
+
+    # ------------------------------------------------------------------ events
+
+    def batch_started(self, batch_idx: int) -> None:
+        """Note the batch that is about to be trained on."""
+        self._pieces = self._claim()
+        self._batch_idx = batch_idx
+
+    def initial(self) -> Checkpoint:
+        """Copy s_0.
+
+        Returns:
+            The checkpoint.
+        """
+        return self.take(0, copy=True)
+
+    def take(self, step: int, *, copy: bool = False) -> Checkpoint:
+        """Take the full state now.
+
+        Returns:
+            The checkpoint before step ``step``.
+        """
+        random = self._draws.left_behind
+        return take(step, self._module, self._optimizer, self._groups, random, copy=copy)
+
+    def _watch(self, *args: Any, **kwargs: Any) -> Any:
+        """Run ``training_step`` and record it as a micro-batch."""
+        self.on_first_call()
+        self.on_first_call = _nothing
+        trainer = self._trainer
+        epoch, global_step = trainer.current_epoch, trainer.global_step
+        self._close(self._draws.begin())
+        output = self._original(*args, **kwargs)
+        self._open = partial(
+            MicroBatch,
+            self._pieces,
+            self._batch_idx,
+            epoch,
+            global_step,
+            _loss_value(output),
+            trainer.accumulate_grad_batches,
+        )
+        self._close(self._draws.end())
+        return output
+
+    def _close(self, verdict: Verdict | None) -> None:
+        """What the open micro-batch drew is known now: its record, and its step's, are complete."""
+        if verdict is None or self._open is None:
+            return
+        self._pending.append(self._open(draws=verdict.draws, random=verdict.random))
+        self._open = None
+        if self._due:
+            self._emit()
+
+    def settle(self) -> None:
+        """Complete the record of the last step, if it is still open."""
+        self._close(self._draws.settle())
+
+    def _stepped(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        """The optimiser has stepped; read the settings before any scheduler moves them."""
+        if not self._enabled() or self.sink is None:
+            return
+        settings = tuple(_settings(group) for group in optimizer.param_groups)
+        if settings != self._settings:  # steps with the same settings share one record of them
+            self._settings = settings
+        self._due = True
+        if self.sink.wants_checkpoint(self.steps + 1):
+            self.settle()
+        if self._open is None:
+            self._emit()
+        if self.sink.wants_checkpoint(self.steps):
+            self.sink.checkpoint(self.take(self.steps))
+
+    def _emit(self) -> None:
+        assert self.sink is not None
+        step = Step(self.steps, tuple(self._pending), self._settings)
+        self._pending.clear()
+        self._due = False
+        self.steps += 1
+        self.sink.append(step)
+
+
+def _nothing() -> None:
+    """Do nothing."""
+
+
+def _loss_value(output: Any) -> float | None:
+    loss = output.get("loss") if isinstance(output, Mapping) else output
+    return None if loss is None else float(loss.item())
+
+
+def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A parameter group's hyper-parameters as JSON values."""
+    return {name: _plain(value) for name, value in group.items() if name != "params"}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.item()
+    if isinstance(value, (tuple, list)):
+        return tuple(_plain(item) for item in value)
+    return value

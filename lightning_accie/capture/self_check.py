@@ -1,0 +1,156 @@
+"""The first-step self-check: the first optimiser step of `fit` is replayed at once.
+
+What cannot be replayed is refused within the first seconds, not after hours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightning_accie.data import training_loaders
+from lightning_accie.errors import ReplayMismatchError, UnsupportedError
+from lightning_accie.replay import random_state
+from lightning_accie.replay.batches import BatchSource
+from lightning_accie.replay.module import LossForm, SampleLosses, TrainingProgram
+from lightning_accie.replay.probe import find_loss_form
+from lightning_accie.replay.walker import Snapshot, Visit, Walker
+from lightning_accie.trajectory.records import Checkpoint, Step
+
+_CACHE = 2**26
+QueryCheck = Callable[[TrainingProgram, Snapshot], None]
+_MOVEMENT_TOLERANCE = 0.05
+"""Adam's first step turns rounding into movement where a gradient is next to zero."""
+
+
+class FirstStep:
+    """A trajectory of one step, in memory; what `Walker` reads of a `Trajectory`."""
+
+    directory = Path("(the first step)")
+
+    def __init__(
+        self, header: Mapping[str, Any], step: Step, before: Checkpoint, after: Checkpoint
+    ) -> None:
+        self.header = header
+        self._step = step
+        self._checkpoints = {0: before, 1: after}
+        self.checkpoint_steps = (0, 1)
+
+    def __len__(self) -> int:
+        return 1
+
+    def step(self, number: int) -> Step:
+        """Give the only step.
+
+        Returns:
+            The step.
+        """
+        return self._step
+
+    def checkpoint(self, step: int) -> Checkpoint:
+        """Give the state before or after it.
+
+        Returns:
+            The checkpoint.
+        """
+        return self._checkpoints[step]
+
+
+def check_first_step(
+    first: FirstStep,
+    module: Any,
+    data: Any,
+    *,
+    live: Any = None,
+    datamodule: Any = None,
+    sample_losses: SampleLosses | None = None,
+    probe: Callable[[Visit], None] | None = None,
+    check_query: QueryCheck | None = None,
+    device: torch.device | None = None,
+) -> LossForm:
+    """Replay the first step, compare, and find the per-sample losses.
+
+    Args:
+        first: the recorded step between its two states.
+        module: the user's module, in any state.
+        data: the training data, as the Trainer combined it.
+        live: the trainer.
+        datamodule: the trainer's datamodule, or None.
+        sample_losses: the user's per-sample losses, or None.
+        probe: what the estimator computes at a step (`Estimator.probe`), tried here.
+        check_query: tries the query, given the replayed module and the state after the step.
+        device: where training runs.
+
+    Returns:
+        How the loss splits into per-sample parts.
+
+    Raises:
+        UnsupportedError: with the reason, if the step cannot be replayed or split.
+    """
+    cuda = device if device is not None and device.type == "cuda" else None
+    with random_state.isolated(cuda):
+        loaders, assemble = training_loaders(data)
+        source = BatchSource(loaders, assemble, cache_bytes=_CACHE)
+        program = TrainingProgram(
+            module,
+            first.header,
+            source,
+            live=live,
+            datamodule=datamodule,
+            sample_losses=sample_losses,
+            device=device,
+        )
+        walker = Walker(first, program, memory_budget=_CACHE)  # type: ignore[arg-type]
+        try:
+            visit = next(walker.forwards())
+        except ReplayMismatchError as error:
+            raise UnsupportedError(
+                f"The first training step could not be replayed. {error} (If the dataset augments "
+                "at random, draw the augmentation once per sample, or move it into training_step.)"
+            ) from error
+        if not visit.map.losses:
+            return LossForm()
+        form = find_loss_form(program, visit.map.losses[0])  # type: ignore[arg-type]
+        _check_movement(visit, first)
+        if probe is not None:
+            _check_derivatives(probe, visit)
+        if check_query is not None:
+            check_query(program, walker.final())
+    return form
+
+
+def _check_derivatives(probe: Callable[[Visit], None], visit: Visit) -> None:
+    try:
+        probe(visit)
+    except (RuntimeError, NotImplementedError) as error:
+        raise UnsupportedError(
+            "An operator of the module lacks a derivative that the estimator needs: "
+            f'{str(error).splitlines()[0]} Use `estimator="leave-one-out"`, which needs first '
+            "derivatives only, or replace the operator (EmbeddingBag by Embedding and a mean, say)."
+        ) from error
+
+
+def _check_movement(visit: Visit, first: FirstStep) -> None:
+    """The gradient of the returned loss must be all that moved the parameters."""
+    # Compared with how far they moved, which may be little beside their size.
+    step_map, after = visit.map, first.checkpoint(1).tensors
+    with torch.no_grad():
+        state = step_map.update(visit.state, step_map.plain_gradient())
+    moved = missed = 0.0
+    for name, before in visit.state.params.items():
+        recorded = after[f"params/{name}"].to(before)
+        moved += float((recorded - before).double().square().sum())
+        missed += float((recorded - state.params[name]).double().square().sum())
+    if not missed <= _MOVEMENT_TOLERANCE**2 * moved:
+        hooks = ", ".join(f"`{hook}`" for hook in first.header["overridden_hooks"])
+        raise UnsupportedError(
+            "The first optimiser step moved the parameters otherwise than the gradient of the "
+            "returned loss does, so something changed the gradients or the weights. It may be "
+            "another callback (`on_before_optimizer_step`), "
+            + (f"or what the module overrides: {hooks}, " if hooks else "")
+            + "or a parameter that `training_step` reaches through a list of its own. A replay runs "
+            "none of it: put it into the loss, or leave InfluenceCallback out."
+        )

@@ -1,0 +1,59 @@
+"""Where the recorder's records go while `fit` runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from lightning_accie.errors import TrajectoryError
+from lightning_accie.trajectory.records import Checkpoint, Step
+from lightning_accie.trajectory.writer import TrajectoryWriter
+
+
+class FirstStepWatch:
+    """Keeps the first step between its two states, until the self-check has seen it."""
+
+    def __init__(self, header: dict[str, Any], before: Checkpoint) -> None:
+        self.header = header
+        self.before = before
+        self.step: Step | None = None
+
+
+class GuardedSink:
+    """Passes records on to the writer; a disk that fails stops the recording, not the training.
+
+    Args:
+        writer: the trajectory's writer.
+        first: gets the first step too.
+        stop: what to call with the writer's error.
+    """
+
+    def __init__(
+        self,
+        writer: TrajectoryWriter,
+        first: FirstStepWatch,
+        stop: Callable[[TrajectoryError], None],
+    ) -> None:
+        self._writer = writer
+        self._first: FirstStepWatch | None = first
+        self._stop = stop
+
+    def append(self, step: Step) -> None:
+        """Pass the next step on."""
+        if self._first is not None:
+            self._first.step, self._first = step, None
+        try:
+            self._writer.append(step)
+        except TrajectoryError as error:
+            self._stop(error)
+
+    def wants_checkpoint(self, step: int) -> bool:
+        """Tell whether the schedule keeps the state before ``step``."""
+        return self._writer.wants_checkpoint(step)
+
+    def checkpoint(self, checkpoint: Checkpoint) -> None:
+        """Pass a state on."""
+        try:
+            self._writer.checkpoint(checkpoint)
+        except TrajectoryError as error:
+            self._stop(error)

@@ -1,0 +1,245 @@
+"""What cannot be recorded is refused at fit start, by name, with the way out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    ModelPruning,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_accie import InfluenceCallback, UnsupportedError
+from lightning_accie.capture.support import check_trainer
+from tests.problems import Classifier, classification, quiet_trainer, sgd, smooth_net
+
+
+def fit(
+    root: Path,
+    module: Classifier,
+    data: Any = None,
+    callbacks: list[Any] | None = None,
+    influence: dict[str, Any] | None = None,
+    **trainer: Any,
+) -> InfluenceCallback:
+    """Train for a step or two; the refusals come before the second."""
+    settings = {"console": False, "verify": 2, "top_k": 1, **(influence or {})}
+    callback = InfluenceCallback(**settings)
+    torch.manual_seed(5)
+    trainer_ = quiet_trainer(root, callbacks=[callback, *(callbacks or [])], **trainer)
+    train = DataLoader(classification(12) if data is None else data, batch_size=6)
+    trainer_.fit(module, train, DataLoader(classification(5, seed=3), batch_size=5))
+    return callback
+
+
+def refused(root: Path, module: Classifier, *words: str, **settings: Any) -> None:
+    """The run stops within the first step, and the message has these words."""
+    with pytest.raises(UnsupportedError) as caught:
+        fit(root, module, **settings)
+    for word in words:
+        assert word in str(caught.value)
+    assert module.trainer.global_step <= 1
+    assert "training_step" not in vars(module.trainer.strategy)
+
+
+# ---------------------------------------------------------------------- the optimiser
+
+
+class Manual(Classifier):
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.automatic_optimization = False
+
+
+class Two(Classifier):
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(self.parameters(), lr=0.1) for _ in range(2)], []
+
+
+def test_manual_optimisation(tmp_path: Path) -> None:
+    refused(tmp_path, Manual(smooth_net(), sgd()), "manual", "return the loss")
+
+
+def test_two_optimisers(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="multiple optimizers"):
+        fit(tmp_path, Two(smooth_net(), sgd()))
+    both = Two(smooth_net(), sgd())
+    both.automatic_optimization = False
+    refused(tmp_path, both, "manual")
+
+
+@pytest.mark.parametrize("optimiser", [torch.optim.LBFGS, torch.optim.RMSprop, torch.optim.Adagrad])
+def test_optimisers_without_a_rule(tmp_path: Path, optimiser: type[torch.optim.Optimizer]) -> None:
+    module = Classifier(smooth_net(), lambda p: optimiser(p, lr=0.1))  # type: ignore[call-arg]
+    refused(tmp_path, module, f"`{optimiser.__name__}`", "`SGD`", "register_update_rule")
+
+
+def test_an_optimiser_of_foreign_parameters(tmp_path: Path) -> None:
+    foreign = nn.Parameter(torch.zeros(3))
+    module = Classifier(smooth_net(), lambda p: torch.optim.SGD([*p, foreign], lr=0.1))
+    refused(tmp_path, module, "not the module's own", "Register them")
+
+
+# ---------------------------------------------------------------------- the trainer
+
+
+class Finetuning(BackboneFinetuning):
+    def on_fit_start(self, *args: Any) -> None: ...
+
+    def freeze_before_training(self, pl_module: Any) -> None: ...
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        StochasticWeightAveraging(swa_lrs=0.1),
+        WeightAveraging(),
+        ModelPruning("l1_unstructured", amount=0.1),
+        Finetuning(),
+    ],
+    ids=lambda other: type(other).__name__,
+)
+def test_callbacks_that_change_the_run(tmp_path: Path, other: Callback) -> None:
+    module = Classifier(smooth_net(), sgd())
+    refused(tmp_path, module, f"`{type(other).__name__}`", "Remove it", callbacks=[other])
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-true", "bf16-true"])
+def test_other_precisions(tmp_path: Path, precision: str) -> None:
+    module = Classifier(nn.Linear(4, 3), sgd())
+    refused(tmp_path, module, f'precision="{precision}"', "32-true", precision=precision)
+
+
+def test_several_processes(tmp_path: Path) -> None:
+    trainer = quiet_trainer(tmp_path, devices=2, strategy="ddp")
+    with pytest.raises(UnsupportedError, match=r"2 processes .*`DDPStrategy`.*`devices=1`"):
+        check_trainer(trainer, None)
+
+
+def test_double_precision_is_replayed_to_the_bit(tmp_path: Path) -> None:
+    module = Classifier(nn.Linear(4, 3), sgd())
+    g = torch.Generator().manual_seed(0)
+    single = TensorDataset(torch.randn(12, 4, generator=g), torch.arange(12) % 3)
+    scores = fit(tmp_path, module, single, precision="64-true").scores
+    assert scores is not None
+    assert scores.info["bit_exact_replay"]
+    assert module.net.weight.dtype == torch.float64
+
+
+# ---------------------------------------------------------------------- the step
+
+
+class DrawsItsOwn(Classifier):
+    def training_step(self, dataloader_iter: Any) -> Tensor:  # type: ignore[override]
+        batch, batch_idx, _ = next(dataloader_iter)
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.filterwarnings("ignore:You are using the `dataloader_iter`")
+def test_a_step_that_draws_its_own_batches(tmp_path: Path) -> None:
+    refused(tmp_path, DrawsItsOwn(smooth_net(), sgd()), "dataloader_iter", "batch")
+
+
+class Augmenting(TensorDataset):
+    def __getitem__(self, index: int) -> Any:
+        x, y = super().__getitem__(index)
+        return x + torch.randn_like(x), y
+
+
+def test_random_augmentation(tmp_path: Path) -> None:
+    data = Augmenting(*classification(12).tensors)
+    refused(
+        tmp_path, Classifier(smooth_net(), sgd()), "augments at random", "training_step", data=data
+    )
+
+
+class Bag(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bag = nn.EmbeddingBag(5, 3).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bag(x.long().abs() % 5)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_an_operator_without_the_derivative_that_the_estimator_needs(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    refused(tmp_path, Classifier(Bag(), sgd()), "embedding_bag", 'estimator="leave-one-out"')
+    callback = fit(tmp_path, Classifier(Bag(), sgd()), influence={"estimator": "leave-one-out"})
+    assert callback.scores is not None
+    assert callback.scores.replayed == 12
+
+
+class Recomputing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = smooth_net()
+
+    def forward(self, x: Tensor) -> Any:
+        return checkpoint(self.net, x, use_reentrant=False)
+
+
+def test_activation_checkpointing(tmp_path: Path) -> None:
+    refused(tmp_path, Classifier(Recomputing(), sgd()), "torch.func", "checkpointing")
+
+
+# ---------------------------------------------------------------------- hidden hands
+
+
+class HalvesInAHook(Classifier):
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        for parameter in self.parameters():
+            assert parameter.grad is not None
+            parameter.grad *= 0.5
+
+
+class Halves(Callback):
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        for parameter in pl_module.parameters():
+            parameter.grad *= 0.5
+
+
+class KeepsAList(Classifier):
+    """The penalty is on parameters that a copy of the module does not find by name."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.penalised = [p for p in self.net.parameters() if p.dim() > 1]
+
+    def loss(self, logits: Tensor, target: Tensor) -> Tensor:
+        return super().loss(logits, target) + sum(p.square().sum() for p in self.penalised)
+
+
+@pytest.mark.parametrize("rate", [0.1, 1e-9])
+def test_changed_gradients_are_seen_however_small_the_step(tmp_path: Path, rate: float) -> None:
+    configure = sgd(lr=rate)
+    refused(tmp_path, HalvesInAHook(smooth_net(), configure), "`on_before_optimizer_step`")
+    small = rate < 0.1  # else the state itself is seen to differ
+    words = ["another callback", "put it into the loss"] if small else ["something besides"]
+    refused(tmp_path, Classifier(smooth_net(), configure), *words, callbacks=[Halves()])
+    refused(
+        tmp_path, KeepsAList(smooth_net(), configure), "a list of its own" if small else "reads"
+    )
+
+
+class ClipsByItself(Classifier):
+    """Harmless: what it does is what the Trainer would."""
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        self.norm = float(sum(p.grad.norm() for p in self.parameters() if p.grad is not None))
+
+
+def test_a_hook_that_only_looks_is_fine(tmp_path: Path) -> None:
+    scores = fit(tmp_path, ClipsByItself(smooth_net(), sgd())).scores
+    assert scores is not None
+    assert scores.info["bit_exact_replay"]
