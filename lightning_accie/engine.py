@@ -1,0 +1,349 @@
+"""Trajectory + module + data + query + estimator -> `InfluenceScores`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_accie.capture.snapshot import same_names
+from lightning_accie.data import set_up, training_loaders, validation_loaders
+from lightning_accie.errors import QueryError, TrajectoryError
+from lightning_accie.estimators import Estimator, resolve_estimator
+from lightning_accie.estimators.base import NoProgress, Progress, Replay
+from lightning_accie.estimators.losses import training_losses
+from lightning_accie.estimators.measure import choose_mapping, choose_product
+from lightning_accie.progress import RichProgress
+from lightning_accie.query import ModuleQuery, QueryFunction
+from lightning_accie.ranking import Ranking
+from lightning_accie.replay import random_state
+from lightning_accie.replay.batches import BatchSource
+from lightning_accie.replay.module import SampleLosses, TrainingProgram
+from lightning_accie.replay.probe import find_loss_form
+from lightning_accie.replay.walker import Walker
+from lightning_accie.scores import InfluenceScores
+from lightning_accie.trajectory.reader import Trajectory
+from lightning_accie.trajectory.sizes import parse_bytes
+
+Describe = Callable[[Any], Mapping[str, Any]]
+
+
+class InfluenceEngine:
+    """Analyses a recorded run: at the end of `fit`, later, on another machine, or with another query.
+
+    Args:
+        trajectory: the trajectory's directory, or an open `Trajectory`.
+        module: the LightningModule that was trained, with any weights: the recorded ones are used.
+            It is copied, not changed.
+        data: the training data: a LightningDataModule, a DataLoader, a CombinedLoader, or a
+            collection of DataLoaders, over the same datasets as in training.
+        val_dataloaders: the validation data, where ``data`` is not a datamodule that has them.
+        sample_losses: ``callable(module, batch) -> [B]``, as given to the callback.
+        memory_budget: bytes for replayed states, batches and vectorised work, as a number or a text
+            such as ``"1GB"``.
+        device: where to compute; the CPU by default.
+        progress: whether to show progress bars, or where to tell how far long work is.
+        live: the Trainer, when called from inside it.
+        datamodule: whose transfer hooks apply, where ``data`` is not itself the datamodule.
+        val_limits: batches to take from each validation loader.
+
+    Raises:
+        TrajectoryError: if the trajectory cannot be read, is empty, or belongs to another module.
+        UnsupportedError: if the data or the optimiser cannot be replayed.
+
+    Example:
+        >>> engine = InfluenceEngine("logs/influence/trajectory", model, datamodule)  # doctest: +SKIP
+        >>> scores = engine.estimate(query="val_loss")  # doctest: +SKIP
+        >>> scores.top_harmful(10).to_csv("harmful.csv")  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        trajectory: str | Path | Trajectory,
+        module: Any,
+        data: Any,
+        *,
+        val_dataloaders: Any = None,
+        sample_losses: SampleLosses | None = None,
+        memory_budget: int | str = "1GB",
+        device: str | torch.device = "cpu",
+        progress: bool | Progress = True,
+        live: Any = None,
+        datamodule: Any = None,
+        val_limits: list[int | float] | None = None,
+    ) -> None:
+        if not isinstance(trajectory, Trajectory):
+            trajectory = Trajectory.open(trajectory)
+        self.trajectory = trajectory
+        self.module = module
+        self.memory_budget = parse_bytes(memory_budget)
+        if isinstance(progress, bool):
+            progress = RichProgress() if progress else NoProgress()
+        self._progress: Progress = progress
+        self._val_limits = val_limits
+        self._check_module()
+        set_up(data)
+        loaders, assemble = training_loaders(data)
+        self._check_loaders([len(loader.dataset) for loader in loaders])  # type: ignore[arg-type]
+        given = val_dataloaders if val_dataloaders is not None else data
+        has_own = val_dataloaders is not None or hasattr(data, "val_dataloader")
+        self._val_loaders = validation_loaders(given) if has_own else []
+        self._program = TrainingProgram(
+            module,
+            trajectory.header,
+            BatchSource(loaders, assemble, cache_bytes=self.memory_budget // 4),
+            live=live,
+            datamodule=data if hasattr(data, "train_dataloader") else datamodule,
+            sample_losses=sample_losses,
+            device=torch.device(device),
+        )
+        self._cuda = self._program.device if self._program.device.type == "cuda" else None
+        self._walker = Walker(trajectory, self._program, memory_budget=self.memory_budget // 2)
+
+    # ------------------------------------------------------------------ checks
+
+    def _check_module(self) -> None:
+        header = self.trajectory.header
+        if not len(self.trajectory):
+            raise TrajectoryError(
+                f"The trajectory {self.trajectory.directory} holds no complete training step "
+                f"({self.trajectory.reason or self.trajectory.status}), so there is nothing to "
+                "replay. Train again."
+            )
+        differences = same_names(self.module, header) or self._other_buffers()
+        if differences:
+            shown = "; ".join(differences[:5]) + ("; …" if len(differences) > 5 else "")
+            double = header["precision"] == "64-true"
+            advice = ' and in double precision (`module.double()`), as `precision="64-true"` has it'
+            raise TrajectoryError(
+                f"The trajectory {self.trajectory.directory} was recorded with another module "
+                f"(`{header['module']}`): {shown}. Pass the module that was trained, built with the "
+                f"same hyper-parameters{advice if double else ''}."
+            )
+
+    def _other_buffers(self) -> list[str]:
+        """How the module's buffers differ from those recorded, in words."""
+        tensors = self.trajectory.checkpoint(0).tensors.items()
+        kept = {name.partition("/")[2]: t for name, t in tensors if name.startswith("buffers/")}
+        recorded = {name: tuple(tensor.shape) for name, tensor in kept.items()}
+        present = {name: tuple(buffer.shape) for name, buffer in self.module.named_buffers()}
+        return [
+            f"the buffer `{name}` has shape {present.get(name, 'missing')}, recorded "
+            f"{recorded.get(name, 'missing')}"
+            for name in sorted(recorded.keys() | present.keys())
+            if recorded.get(name) != present.get(name)
+        ]
+
+    def _check_loaders(self, sizes: list[int]) -> None:
+        recorded = [loader["samples"] for loader in self.trajectory.header["loaders"]]
+        if sizes != recorded:
+            raise TrajectoryError(
+                f"The training data hold {sizes} samples, but the trajectory was recorded with "
+                f"{recorded}. Pass the dataset that the model was trained on, not a cleaned or "
+                "changed one."
+            )
+
+    # ------------------------------------------------------------------ the work
+
+    def sample(self, number: int) -> Any:
+        """Read a training sample.
+
+        Args:
+            number: its number, as in `InfluenceScores.index`.
+
+        Returns:
+            What its dataset gives for it.
+        """
+        return self._program.batches.sample(number)
+
+    def replay(
+        self, query: str | QueryFunction | None = None, query_dataloader: Any = None
+    ) -> Replay:
+        """Make the run ready for an estimator: for those who call estimators themselves.
+
+        Args:
+            query: see `estimate`.
+            query_dataloader: see `estimate`.
+
+        Returns:
+            The run with its query.
+        """
+        with random_state.isolated(self._cuda):
+            self._find_losses()
+            final = self._walker.final()
+        samples, visits, first, last = self._drawn()
+        return Replay(
+            walker=self._walker,
+            query=self._query(query, query_dataloader, final.buffers),
+            samples=samples,
+            visits=visits,
+            first=first,
+            last=last,
+            final=final,
+            memory_budget=self.memory_budget // 2,
+            progress=self._progress,
+        )
+
+    def _find_losses(self) -> None:
+        """Find the samples' own losses anew.
+
+        The recording found them too, but perhaps for other `sample_losses`, or it broke off before.
+        """
+        for visit in self._walker.forwards():
+            if visit.map.losses:
+                find_loss_form(self._program, visit.map.losses[0])  # type: ignore[arg-type]
+                return
+
+    def estimate(
+        self,
+        query: str | QueryFunction | None = None,
+        estimator: str | Estimator = "auto",
+        *,
+        query_dataloader: Any = None,
+        verify: int = 20,
+        top_k: int = 25,
+        seed: int = 0,
+        describe: Describe | None = None,
+        loss_column: bool = False,
+    ) -> InfluenceScores:
+        """Rank training samples by their influence on the query.
+
+        Args:
+            query: a name that ``validation_step`` logs, or ``callable(module, batch) -> scalar``;
+                lower must be better. Default: what the trajectory was recorded for.
+            estimator: ``"auto"``, an estimator's name, or an estimator.
+            query_dataloader: the batches for the query, where they are not the validation data.
+            verify: how many samples to replay exactly, half of them the strongest, half at random;
+                0 for none.
+            top_k: how many samples on each side ``"auto"`` refines.
+            seed: of the random choice of samples to verify.
+            describe: ``callable(sample) -> dict``: the user's own columns, from ``dataset[i]``.
+            loss_column: whether to add each sample's training loss as the column ``loss``.
+
+        Returns:
+            The scores of every sample that the estimator covered.
+
+        Raises:
+            QueryError: if the query is not found or cannot be differentiated.
+            ReplayMismatchError: if the replay departs from the recorded run.
+            ValueError: if an argument is out of range.
+        """
+        if verify < 0 or top_k < 1:
+            raise ValueError(
+                f"`verify` must be at least 0 and `top_k` at least 1, got {verify} and {top_k}."
+            )
+        chosen = resolve_estimator(estimator)
+        with random_state.isolated(self._cuda), torch.compiler.set_stance("force_eager"):
+            replay = self.replay(query, query_dataloader)
+            value = replay.query.value(replay.final.state.params)
+            if not np.isfinite(value):
+                raise QueryError(
+                    f"`{replay.query.name}` is {value} at the end of the run: either the training "
+                    "diverged, or it is computed with a torchmetrics metric, which cannot be "
+                    "differentiated."
+                )
+            choose_product(self._walker)
+            choose_mapping(replay)
+            # First of all: an error in the user's function comes at once, and none loses a ranking.
+            columns = self._columns(replay, describe, loss_column)
+            ranking = Ranking(replay, seed)
+            ranking.run(chosen, top_k=top_k, verify=verify)
+        return self._scores(replay, ranking, columns, value, estimator)
+
+    def _query(
+        self, query: str | QueryFunction | None, dataloader: Any, buffers: Mapping[str, Tensor]
+    ) -> ModuleQuery:
+        monitor = query if query is not None else self.trajectory.header["monitor"]
+        loaders = self._val_loaders if dataloader is None else validation_loaders(dataloader)
+        if not loaders:
+            raise QueryError(
+                "There is no validation data to measure the query on. Pass `val_dataloaders=` or "
+                "`query_dataloader=`."
+            )
+        return ModuleQuery(
+            self._program,
+            self.module,
+            monitor,
+            loaders,
+            limits=self._val_limits if dataloader is None else None,
+            buffers=buffers,
+            memory_budget=self.memory_budget // 4,
+        )
+
+    def _drawn(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Every drawn sample's number, visits, and first and last step."""
+        numbers = self._program.batches.sample_numbers
+        per_step = [
+            np.concatenate([numbers(micro) for micro in step.micro_batches] or [np.zeros(0, int)])
+            for step in self.trajectory.steps()
+        ]
+        everything = np.concatenate(per_step)
+        steps = np.repeat(np.arange(len(per_step)), [len(part) for part in per_step])
+        samples, first, counts = np.unique(everything, return_index=True, return_counts=True)
+        _, backwards = np.unique(everything[::-1], return_index=True)
+        last = len(everything) - 1 - backwards
+        found = (samples, counts, steps[first], steps[last])
+        parts = [torch.from_numpy(np.ascontiguousarray(part, dtype=np.int64)) for part in found]
+        return parts[0], parts[1], parts[2], parts[3]
+
+    def _columns(
+        self, replay: Replay, describe: Describe | None, loss_column: bool
+    ) -> dict[str, list[Any]]:
+        """The loss and the user's own columns, for every drawn sample."""
+        columns: dict[str, list[Any]] = {}
+        if loss_column:
+            columns["loss"] = training_losses(replay).tolist()
+        if describe is None:
+            return columns
+        rows = [dict(describe(self._program.batches.sample(n))) for n in replay.samples.tolist()]
+        names = {name: None for row in rows for name in row}
+        return columns | {name: [row.get(name) for row in rows] for name in names}
+
+    def _scores(
+        self,
+        replay: Replay,
+        ranking: Ranking,
+        columns: dict[str, list[Any]],
+        value: float,
+        estimator: str | Estimator,
+    ) -> InfluenceScores:
+        fidelity = self._walker.fidelity
+        header = self.trajectory.header
+        info = {
+            "query": replay.query.name,
+            "query_value": value,
+            "estimator": estimator if isinstance(estimator, str) else estimator.name,
+            "settings": {} if isinstance(estimator, str) else estimator.settings(),
+            "steps": len(self.trajectory),
+            "samples": sum(loader["samples"] for loader in header["loaders"]),
+            "drawn": len(replay.samples),
+            "module": header["module"],
+            "optimizer": header["optimizer"],
+            "bit_exact_replay": fidelity.bit_exact,
+            "largest_loss_difference": fidelity.largest_loss_difference,
+            "largest_state_difference": fidelity.largest_state_difference,
+            "noise_floor": ranking.noise,
+            "hessian_product": self._walker.product,
+            "vectorized": self._walker.vectorize,
+            "seconds": ranking.seconds,
+            "interrupted": ranking.interrupted,
+            "trajectory": str(self.trajectory.directory),
+            "trajectory_status": self.trajectory.status,
+        }
+        places = replay.positions(ranking.samples)
+        return InfluenceScores(
+            index=ranking.samples,
+            influence=ranking.influence,
+            estimate=ranking.estimate,
+            visits=replay.visits[places],
+            exact=ranking.exact,
+            estimator=tuple(ranking.estimator),
+            trusted=ranking.trusted,
+            agreement=ranking.agreement(),
+            columns={name: [column[i] for i in places] for name, column in columns.items()},
+            info=info,
+        )

@@ -1,0 +1,83 @@
+"""Progress bars for long work, consistent with the Trainer's own bar."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Progress as RichBars
+from tqdm.auto import tqdm
+
+from lightning_accie.estimators.base import Advance, NoProgress, Progress
+
+
+class RichProgress:
+    """Bars by rich."""
+
+    @contextmanager
+    def task(self, description: str, total: int) -> Iterator[Advance]:
+        """Open a bar.
+
+        Args:
+            description: what is being done.
+            total: units of work.
+
+        Yields:
+            What to call with the units done.
+        """
+        columns = (
+            TextColumn("[progress.description]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        with RichBars(*columns, transient=True) as bars:
+            task = bars.add_task(description, total=total)
+            yield lambda units: bars.advance(task, units)
+
+
+class TqdmProgress:
+    """Bars by tqdm."""
+
+    @contextmanager
+    def task(self, description: str, total: int) -> Iterator[Advance]:
+        """Open a bar.
+
+        Args:
+            description: what is being done.
+            total: units of work.
+
+        Yields:
+            What to call with the units done.
+        """
+        with tqdm(total=total, desc=description, leave=False, unit="step") as bar:
+
+            def advance(units: int) -> None:
+                bar.update(units)
+
+            yield advance
+
+
+def progress_like(trainer: Any) -> Progress:
+    """Choose bars like the Trainer's.
+
+    Args:
+        trainer: the Trainer.
+
+    Returns:
+        Bars of the same library; none where the Trainer shows none.
+    """
+    bar = trainer.progress_bar_callback
+    if bar is None or not trainer.is_global_zero or not getattr(bar, "is_enabled", True):
+        return NoProgress()
+    names = {base.__name__ for base in type(bar).__mro__}
+    return RichProgress() if "RichProgressBar" in names else TqdmProgress()

@@ -1,0 +1,164 @@
+"""How scores are kept on disk: two files that are read back, and one for people.
+
+    scores.safetensors   the numbers
+    scores.json          the rest, with the checksums of the numbers and of itself
+    scores.csv           the table; never read back
+
+Each is written whole or not at all, the JSON last. A pair that was not written together, or is not
+as it was written, is refused. The JSON is Python's dialect, which has ``NaN`` and ``Infinity``.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lightning_accie.errors import InfluenceError
+from lightning_accie.trajectory.files import write
+from lightning_accie.trajectory.manifest import package_version
+from lightning_accie.trajectory.tensors import dump, load
+
+CSV_FILE = "scores.csv"
+TENSORS_FILE = "scores.safetensors"
+JSON_FILE = "scores.json"
+
+_FORMAT = "lightning_accie scores"
+_VERSION = 1
+_DAMAGED = "Copy the directory again from where the scores were saved, or save them again."
+
+
+class ScoresError(InfluenceError):
+    """Saved scores are missing, damaged, too new, or two files that do not belong together."""
+
+
+def write_scores(
+    directory: Path, tensors: Mapping[str, Tensor], content: Mapping[str, Any], table: str
+) -> None:
+    """Write the three files.
+
+    Args:
+        directory: where to; made if it is not there.
+        tensors: the numbers by name.
+        content: JSON values by name.
+        table: the text of the CSV file.
+
+    Raises:
+        TypeError: where ``content`` holds what is no JSON value.
+        OSError: where the file system refuses.
+    """
+    numbers = dump(tensors, _FORMAT)
+    document = {
+        "format": _FORMAT,
+        "version": _VERSION,
+        "writer": package_version(),
+        "tensors_sha256": sha256(numbers).hexdigest(),
+        "content": content,
+    }
+    text = _sealed(document)
+    directory.mkdir(parents=True, exist_ok=True)
+    write_table(directory / CSV_FILE, table)
+    write(directory, TENSORS_FILE, numbers)
+    write(directory, JSON_FILE, text)
+
+
+def csv_text(table: Mapping[str, Sequence[Any]]) -> str:
+    """Write a table as CSV.
+
+    Args:
+        table: columns of one length by name: numbers, texts, and None for empty cells.
+
+    Returns:
+        The text. Floats stand as `repr` gives them, so that they are read back exactly.
+    """
+    text = io.StringIO(newline="")
+    # With the default line ends every Python quotes both halves, should a text hold one of them.
+    writer = csv.writer(text)
+    writer.writerow(table)
+    writer.writerows(zip(*table.values(), strict=True))
+    return text.getvalue()
+
+
+def write_table(path: Path, table: str) -> None:
+    """Write a CSV file whole or not at all.
+
+    Args:
+        path: the file.
+        table: its text.
+
+    Raises:
+        OSError: where the file system refuses.
+    """
+    # File names in the user's columns may be no valid text; they must not break the export.
+    write(path.parent, path.name, table.encode("utf-8", errors="backslashreplace"))
+
+
+def read_scores(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `write_scores` wrote.
+
+    Args:
+        directory: where it is.
+
+    Returns:
+        The tensors and the JSON values.
+
+    Raises:
+        ScoresError: where a file is missing, damaged, too new, or not of the other's making.
+    """
+    path = directory / JSON_FILE
+    try:
+        document = _unsealed(path, _read(path))
+    except (ValueError, RecursionError) as error:
+        raise ScoresError(f"{path} is damaged: {error}. {_DAMAGED}") from error
+    path = directory / TENSORS_FILE
+    numbers = _read(path)
+    if sha256(numbers).hexdigest() != document["tensors_sha256"]:
+        raise ScoresError(
+            f"{path} is not the file that {JSON_FILE} was written with: it is damaged, or one of "
+            f"the two was replaced. {_DAMAGED}"
+        )
+    return load(numbers)[0], document["content"]
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ScoresError(
+            f"{path} is missing. Give the directory that InfluenceScores.save, or "
+            "InfluenceCallback, has written."
+        ) from error
+    except OSError as error:
+        raise ScoresError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def _sealed(document: dict[str, Any]) -> bytes:
+    checksum = sha256(_text(document)).hexdigest()
+    return _text({**document, "checksum": checksum})
+
+
+def _unsealed(path: Path, content: bytes) -> dict[str, Any]:
+    document = json.loads(content)
+    if not isinstance(document, dict) or document.get("format") != _FORMAT:
+        raise ValueError("it does not hold scores")
+    written = document.get("version")
+    if isinstance(written, int) and written > _VERSION:
+        raise ScoresError(
+            f"{path} has format version {written}, and this version of lightning_accie "
+            f"({package_version()}) reads up to {_VERSION}. Upgrade lightning_accie."
+        )
+    document.pop("checksum", None)
+    # Compared as a whole: a changed blank is a changed byte too.
+    if written != _VERSION or content != _sealed(document):
+        raise ValueError("its checksum is not the recorded one")
+    return document
+
+
+def _text(document: dict[str, Any]) -> bytes:
+    return (json.dumps(document, indent=1) + "\n").encode("ascii")
