@@ -1,0 +1,67 @@
+"""For TensorBoardLogger: scalars, tables, a histogram, and images of the strongest samples."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from lightning_accie.reports import words
+from lightning_accie.reports.media import ReadSample, pictures
+from lightning_accie.reports.metrics import scalars
+from lightning_accie.scores import InfluenceScores
+
+
+def report(
+    scores: InfluenceScores,
+    logger: Any,
+    *,
+    step: int,
+    top_k: int,
+    namespace: str = "influence",
+    sample: ReadSample | None = None,
+) -> None:
+    """Log everything that TensorBoard can show.
+
+    Images are called by their place (``top_harmful/01``), which is ``#`` in the tables.
+
+    Args:
+        scores: what was found.
+        logger: a TensorBoardLogger.
+        step: the training step to log at.
+        top_k: samples to show on each side.
+        namespace: what names begin with.
+        sample: reads a training sample, for images.
+    """
+    logger.log_metrics(scalars(scores, namespace), step=step)
+    writer = logger.experiment
+    trust = "\n".join(f"* {_escaped(line.strip())}" for line in words.trust(scores))
+    writer.add_text(f"{namespace}/summary", f"{_escaped(words.headline(scores))}\n\n{trust}", step)
+    known = scores.influence[scores.influence.isfinite()]
+    if len(known):
+        writer.add_histogram(f"{namespace}/distribution", known.numpy(), step)
+    sides = {
+        "top_harmful": (words.harmful_title(scores), scores.top_harmful(top_k)),
+        "top_helpful": (words.helpful_title(scores), scores.top_helpful(top_k)),
+    }
+    for name, (title, top) in sides.items():
+        writer.add_text(f"{namespace}/{name}", _markdown(title, top), step)
+    for name, (_, top) in sides.items():
+        for place, image in enumerate(pictures(sample, top.index), start=1):
+            if image is not None:
+                tag = f"{namespace}/{name}/{place:02d}"
+                writer.add_image(tag, image, step, dataformats="HWC")
+    writer.flush()
+
+
+def _markdown(title: str, top: InfluenceScores) -> str:
+    header = [*words.COLUMNS, *(words.clean(name) for name in top.columns)]
+    lines = [header, *words.cells(top)]
+    lines = [[_escaped(cell) for cell in line] for line in lines]
+    lines.insert(1, ["---"] * len(header))
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"{_escaped(title)}\n\n{table}\n\n{words.LEGEND}"
+
+
+def _escaped(text: str) -> str:
+    text = text.replace("&", "&amp;").replace("<", "&lt;")
+    return re.sub(r"([\\`*_\[\]|#])", r"\\\1", text)

@@ -1,0 +1,168 @@
+"""What every report says, in the same words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from lightning_accie.agreement import Agreement
+from lightning_accie.scores import InfluenceScores
+
+COLUMNS = ("#", "sample", "influence", "exact", "visits")
+"""Of the tables of strongest samples; the user's own columns follow."""
+
+LEGEND = "exact: ✓ = replayed without the sample, ? = estimate not to be relied on"
+
+_LONGEST_CELL = 28
+
+
+def headline(scores: InfluenceScores) -> str:
+    """Say what was measured.
+
+    Returns:
+        A sentence.
+    """
+    info = scores.info
+    value = f" = {info['query_value']:.4g}" if "query_value" in info else ""
+    steps = f" over {info['steps']} training steps" if "steps" in info else ""
+    return f"Influence of {len(scores)} training samples on {query(scores)}{value}{steps}"
+
+
+def query(scores: InfluenceScores) -> str:
+    """Name what influence is measured on.
+
+    Returns:
+        The query's name.
+    """
+    return clean(scores.info.get("query", "the query"))
+
+
+def harmful_title(scores: InfluenceScores) -> str:
+    """Say what a negative influence means.
+
+    Returns:
+        A table's title.
+    """
+    return f"Most harmful: {query(scores)} would be lower without it"
+
+
+def helpful_title(scores: InfluenceScores) -> str:
+    """Say what a positive influence means.
+
+    Returns:
+        A table's title.
+    """
+    return f"Most helpful: {query(scores)} would be higher without it"
+
+
+def cells(scores: InfluenceScores) -> list[list[str]]:
+    """The rows of a table of strongest samples, as texts.
+
+    Args:
+        scores: `InfluenceScores.top_harmful` or `InfluenceScores.top_helpful`.
+
+    Returns:
+        For each sample one text a column: those of `COLUMNS`, then the user's.
+    """
+    rows = []
+    for place in range(len(scores)):
+        exact = "" if scores.exact[place].isnan() else "✓"
+        own = [_cell(column[place]) for column in scores.columns.values()]
+        rows.append(
+            [
+                str(place + 1),
+                str(int(scores.index[place])),
+                f"{scores.influence[place].item():+.2e}",
+                exact if scores.trusted[place] else "?",
+                str(int(scores.visits[place])),
+                *own,
+            ]
+        )
+    return rows
+
+
+def trust(scores: InfluenceScores) -> list[str]:
+    """Say how far the figures can be trusted.
+
+    Returns:
+        Sentences: each estimator's agreement with the exact replays, and every reserve there is.
+    """
+    by_estimator: dict[str, dict[str, Agreement]] = {}
+    for found in scores.agreement:
+        by_estimator.setdefault(found.estimator, {})[found.sample] = found
+    lines = [
+        line for name, samples in by_estimator.items() for line in _agreement_lines(name, samples)
+    ]
+    if scores.replayed == len(scores):
+        lines.append("Every figure comes from an exact replay.")
+    elif not lines:
+        lines.append(
+            "No estimate was compared with an exact replay, so nothing is known of how far they "
+            "can be trusted."
+        )
+    noise = scores.info.get("noise_floor")
+    if noise is not None and math.isfinite(noise):
+        lines.append(f"Exact replays are rounded to ±{noise:.0e}; less than that means nothing.")
+    doubtful = int((~scores.trusted).sum())
+    if doubtful:
+        lines.append(f"Estimates not to be relied on, and not replayed either: {doubtful}.")
+    if scores.info.get("interrupted"):
+        lines.append("The analysis was interrupted: this is what it had found by then.")
+    return lines
+
+
+def clean(text: Any) -> str:
+    """Make a text fit for one line of a terminal or a table.
+
+    Args:
+        text: whatever the user's column holds.
+
+    Returns:
+        The text on one line, with ``�`` for control characters and undecodable bytes.
+    """
+    words = " ".join(str(text).split())
+    return "".join(letter if letter.isprintable() else "\ufffd" for letter in words)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    text = f"{value:.4g}" if isinstance(value, float) else clean(value)
+    if len(text) <= _LONGEST_CELL:
+        return text
+    # The end of a path says more than its beginning.
+    return f"{text[: _LONGEST_CELL // 3]}…{text[1 + _LONGEST_CELL // 3 - _LONGEST_CELL :]}"
+
+
+def _agreement_lines(estimator: str, samples: Mapping[str, Agreement]) -> list[str]:
+    verified = samples.get("verified")
+    if verified is None or not verified.count:
+        return []
+    chosen = [
+        f"{samples[sample].count} {words}"
+        for sample, words in (("strongest", "strongest"), ("random", "at random"))
+        if sample in samples and samples[sample].count
+    ]
+    how = f" ({', '.join(chosen)})" if chosen else ""
+    plural = "" if verified.count == 1 else "s"
+    lines = [
+        f"{estimator} against exact replay of {verified.count} sample{plural}{how}: "
+        f"{_figures(verified)}."
+    ]
+    if len(chosen) == 2 and samples["random"].count > 1:
+        lines.append(f"  Those at random alone: {_figures(samples['random'])}.")
+    return lines
+
+
+def _figures(found: Agreement) -> str:
+    figures = {
+        "Kendall τ": found.kendall_tau,
+        "Spearman": found.spearman,
+        "relative RMSE": found.relative_rmse,
+        f"top-{found.jaccard_k} overlap": found.jaccard,
+    }
+    known = [f"{name} {value:.2f}" for name, value in figures.items() if not math.isnan(value)]
+    if not math.isnan(found.sign_agreement):
+        known.append(f"same sign {found.sign_agreement:.0%}")
+    return ", ".join(known) if known else "too few to compare"

@@ -1,0 +1,344 @@
+"""What the loggers wrote, read back from their files."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterator
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import wandb
+from lightning.pytorch import loggers as lightning_loggers
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers.logger import DummyLogger, Logger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from PIL import Image
+from pytorch_lightning import loggers as pytorch_lightning_loggers
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lightning_accie.agreement import measure
+from lightning_accie.reports import report_all
+from lightning_accie.reports.metrics import scalars
+from lightning_accie.scores import InfluenceScores
+from tests.score_examples import INF, NAN, doubles, small_scores
+
+NAMESPACES = [lightning_loggers, pytorch_lightning_loggers]
+SCALARS = {
+    "influence/query": 0.75,
+    "influence/most_harmful": -3.0,
+    "influence/most_helpful": 2.0,
+    "influence/replayed": 2,
+    "influence/untrusted": 1,
+    "influence/agreement/count": 2,
+    "influence/agreement/kendall_tau": 1,
+    "influence/agreement/spearman": 1,
+    "influence/agreement/relative_rmse": (0.3125 / 9.25) ** 0.5,
+    "influence/agreement/jaccard": 1,
+    "influence/agreement/sign_agreement": 1,
+}
+
+
+def report(logger: Any, scores: InfluenceScores, **settings: Any) -> None:
+    report_all([logger], scores, step=12, console=False, **settings)
+
+
+def picture(index: int) -> Any:
+    """A sample whose image is as bright as its index says."""
+    return torch.full((1, 8, 8), index, dtype=torch.uint8), index
+
+
+class Recording(Logger):
+    """Keeps what it gets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.metrics: list[tuple[Any, int | None]] = []
+
+    name = "recording"
+    version = 0
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        self.metrics.append((dict(metrics), step))
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        raise AssertionError
+
+
+# ---------------------------------------------------------------------- scalars
+
+
+def test_scalars() -> None:
+    assert scalars(small_scores(), "influence") == pytest.approx(SCALARS, abs=1e-5)
+
+
+def test_unknown_scalars_are_left_out() -> None:
+    empty = {"influence": doubles(*[0.0] * 7), "exact": doubles(*[NAN] * 7)}
+    found = scalars(small_scores(agreement=(), info={}, **empty), "mine")
+    assert found == {"mine/replayed": 0, "mine/untrusted": 1}
+    one = measure(doubles(1), doubles(1), estimator="x")
+    assert [
+        name for name in scalars(small_scores(agreement=(one,)), "a") if "agreement" in name
+    ] == ["a/agreement/count"]
+
+
+def test_any_other_logger_gets_the_scalars() -> None:
+    logger = Recording()
+    report(logger, small_scores())
+    assert logger.metrics == [(scalars(small_scores(), "influence"), 12)]
+    report(DummyLogger(), small_scores())
+
+
+# ---------------------------------------------------------------------- CSVLogger
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES, ids=lambda module: module.__name__)
+def test_csv_logger(tmp_path: Path, namespace: Any) -> None:
+    logger = namespace.CSVLogger(tmp_path, name="run")
+    logger.log_metrics({"loss": 0.5}, step=3)
+    report(logger, small_scores(columns={"note": ["é\r\n"] * 7}))
+    directory = tmp_path / "run" / "version_0"
+    with (directory / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == ["3", "12"]
+    assert {name: float(rows[1][name]) for name in SCALARS} == pytest.approx(SCALARS, abs=1e-5)
+    with (directory / "scores.csv").open(newline="", encoding="utf-8") as file:
+        table = list(csv.reader(file))
+    assert [row[1] for row in table[1:]] == ["4", "2", "9", "0", "7", "1", "5"]
+    assert table[1][-1] == "é\r\n"
+
+
+# ---------------------------------------------------------------------- TensorBoardLogger
+
+
+def events(directory: Path) -> EventAccumulator:
+    found = EventAccumulator(str(directory), size_guidance={"images": 0, "tensors": 0})
+    found.Reload()
+    return found
+
+
+def text(found: EventAccumulator, tag: str) -> str:
+    (event,) = found.Tensors(f"influence/{tag}/text_summary")
+    assert event.step == 12
+    return event.tensor_proto.string_val[0].decode()
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES, ids=lambda module: module.__name__)
+def test_tensorboard_logger(tmp_path: Path, namespace: Any) -> None:
+    logger = namespace.TensorBoardLogger(tmp_path, name=None, version="run")
+    report(logger, small_scores(), top_k=2, sample=picture)
+    found = events(tmp_path / "run")
+    for tag, value in SCALARS.items():
+        (event,) = found.Scalars(tag)
+        assert (event.step, event.value) == (12, pytest.approx(value, abs=1e-5))
+    (histogram,) = found.Histograms("influence/distribution")
+    assert histogram.histogram_value.num == 6  # the seventh is NaN
+    assert (histogram.histogram_value.min, histogram.histogram_value.max) == (-3, 2)
+    assert text(found, "summary").startswith("Influence of 7 training samples on val\\_loss = 0.75")
+    assert "acc-sgd-ie against exact replay of 2 samples" in text(found, "summary")
+    assert text(found, "top_harmful").splitlines()[2:6] == [
+        "| \\# | sample | influence | exact | visits | label |",
+        "| --- | --- | --- | --- | --- | --- |",
+        "| 1 | 4 | -3.00e+00 | ✓ | 2 | d |",
+        "| 2 | 2 | -1.00e+00 |  | 3 | c |",
+    ]
+    assert "| 1 | 1 | +2.00e+00 | ? | 3 | b |" in text(found, "top_helpful")
+
+
+def test_tensorboard_images(tmp_path: Path) -> None:
+    logger = TensorBoardLogger(tmp_path, name=None, version="run")
+    report(logger, small_scores(), top_k=2, sample=picture)
+    found = events(tmp_path / "run")
+    shown = {}
+    for tag in found.Tags()["images"]:
+        (event,) = found.Images(tag)
+        (tmp_path / "image.png").write_bytes(event.encoded_image_string)
+        image = np.asarray(Image.open(tmp_path / "image.png"))
+        assert image.shape[:2] == (64, 64)
+        assert (image == image[0, 0, 0]).all()
+        shown[tag] = int(image[0, 0, 0])
+    assert shown == {
+        "influence/top_harmful/01": 4,
+        "influence/top_harmful/02": 2,
+        "influence/top_helpful/01": 1,
+        "influence/top_helpful/02": 7,
+    }
+
+
+def test_tensorboard_without_images_or_figures(tmp_path: Path) -> None:
+    logger = TensorBoardLogger(tmp_path, name=None, version="run")
+    wild = (NAN, INF, -INF, NAN, NAN, INF, NAN)
+    blank = {"influence": doubles(*wild), "exact": doubles(*[NAN] * 7)}
+    report(logger, small_scores(**blank), sample=lambda index: (torch.rand(64), index))
+    tags = events(tmp_path / "run").Tags()
+    assert (tags["images"], tags["histograms"]) == ([], [])
+    assert "influence/top_harmful/text_summary" in tags["tensors"]
+
+
+@pytest.mark.filterwarnings("ignore:html5lib's sanitizer is deprecated:DeprecationWarning")
+def test_tensorboard_tables_show_texts_as_they_are(tmp_path: Path) -> None:
+    from tensorboard.plugin_util import markdown_to_safe_html
+
+    labels = ["a|b", "*x*", "<b>", "a_b_c", "back\\slash", "two\nlines", "`code` & [l](u)"]
+    scores = small_scores(
+        influence=doubles(*range(-7, 0)), exact=doubles(*[NAN] * 7), columns={"a|b": labels}
+    )
+    logger = TensorBoardLogger(tmp_path, name=None, version="run")
+    report(logger, scores)
+    page = markdown_to_safe_html(text(events(tmp_path / "run"), "top_harmful"))
+    shown = [
+        "a|b", "*x*", "&lt;b&gt;", "a_b_c", "back\\slash", "two lines", "`code` &amp; [l](u)"
+    ]  # fmt: skip
+    for label in shown:
+        assert f"<td>{label}</td>" in page
+    assert "<th>a|b</th>" in page
+    assert page.count("<tr>") == 8
+
+
+# ---------------------------------------------------------------------- WandbLogger
+
+
+@pytest.fixture
+def start_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for name in ("DATA", "CACHE", "CONFIG"):
+        monkeypatch.setenv(f"WANDB_{name}_DIR", str(tmp_path / name.lower()))
+
+    def start(namespace: Any = lightning_loggers) -> Any:
+        return namespace.WandbLogger(save_dir=tmp_path, project="test", offline=True)
+
+    yield start
+    wandb.teardown()
+
+
+def written(logger: Any) -> tuple[dict[str, Any], Path]:
+    """The summary as W&B's own process holds it, and the directory of the run's files."""
+    run = logger.experiment
+    summary = dict(run.summary)
+    run.finish()  # which moves the files to where the summary says
+    return summary, Path(run.dir)
+
+
+def table_of(summary: dict[str, Any], files: Path, name: str) -> list[dict[str, Any]]:
+    assert summary[name]["_type"] == "table-file"
+    table = json.loads((files / summary[name]["path"]).read_text())
+    return [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES, ids=lambda module: module.__name__)
+def test_wandb_logger(start_run: Callable[..., Any], namespace: Any) -> None:
+    logger = start_run(namespace)
+    columns = {"mixed": ["a", 2, None, 0.5, True, "x", "y"], "n": [1, 2, None, 0.5, 5, 6, 7]}
+    report(logger, small_scores(columns=columns), top_k=2)
+    summary, files = written(logger)
+    assert {name: summary[name] for name in SCALARS} == pytest.approx(SCALARS, abs=1e-5)
+    assert summary["trainer/global_step"] == 12
+    assert summary["influence/distribution"]["_type"] == "histogram"
+    assert sum(summary["influence/distribution"]["values"]) == 6
+    harmful = table_of(summary, files, "influence/top_harmful")
+    assert list(harmful[0]) == [
+        "rank", "index", "influence", "visits", "estimator", "exact_influence", "estimate",
+        "trusted", "mixed", "n",
+    ]  # fmt: skip
+    assert [list(row.values()) for row in harmful] == [
+        [1, 4, -3.0, 2, "leave-one-out", -3.0, -2.5, True, 0.5, 0.5],
+        [2, 2, -1.0, 3, "acc-sgd-ie", None, -1.0, True, None, None],
+    ]
+    helpful = table_of(summary, files, "influence/top_helpful")
+    assert [(row["index"], row["mixed"], row["n"]) for row in helpful] == [(1, "2", 2), (7, "x", 6)]
+
+
+def test_wandb_images(start_run: Callable[..., Any], tmp_path: Path) -> None:
+    logger = start_run()
+    report(logger, small_scores(), top_k=2, sample=picture)
+    written(logger)
+    staged = [
+        path for path in (tmp_path / "data" / "artifacts" / "staging").iterdir() if path.is_file()
+    ]
+    images, shown = {}, {}
+    for path in staged:
+        if path.read_bytes().startswith(b"\x89PNG"):
+            images[sha256(path.read_bytes()).hexdigest()] = np.asarray(Image.open(path))
+    for path in staged:
+        if path.read_bytes().startswith(b"{"):
+            table = json.loads(path.read_text())
+            rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+            shown |= {row["index"]: images[row["image"]["sha256"]] for row in rows}
+    assert sorted(shown) == [1, 2, 4, 7]
+    for index, image in shown.items():
+        assert image.shape == (64, 64)
+        assert (image == index).all()
+
+
+def test_wandb_without_images_or_figures(start_run: Callable[..., Any]) -> None:
+    logger = start_run()
+    wild = (NAN, INF, -INF, NAN, NAN, INF, NAN)
+    blank = {"influence": doubles(*wild), "exact": doubles(*[NAN] * 7)}
+    report(logger, small_scores(**blank), sample=lambda index: (torch.rand(64), index))
+    summary, files = written(logger)
+    assert "influence/distribution" not in summary
+    assert table_of(summary, files, "influence/top_harmful") == []
+
+
+# ---------------------------------------------------------------------- all of them
+
+
+class Failing(Recording):
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        raise OSError("no space left")
+
+
+def test_a_logger_that_fails_is_named_and_costs_no_other() -> None:
+    first, last = Recording(), Recording()
+    with pytest.warns(UserWarning, match="report to Failing is incomplete: OSError: no space left"):
+        report_all([first, Failing(), last], small_scores(), step=12, console=False)
+    assert first.metrics == last.metrics != []
+
+
+def test_a_dataset_that_fails_costs_only_the_images(tmp_path: Path) -> None:
+    def unreadable(index: int) -> Any:
+        raise FileNotFoundError("gone.png")
+
+    logger = TensorBoardLogger(tmp_path, name=None, version="run")
+    with pytest.warns(UserWarning, match=r"TensorBoardLogger is incomplete: .*gone.png"):
+        report(logger, small_scores(), sample=unreadable)
+    logger.finalize("success")
+    found = events(tmp_path / "run")
+    assert set(found.Tags()["scalars"]) >= set(SCALARS)
+    assert "| 1 | 4 |" in text(found, "top_harmful")
+
+
+def test_a_class_of_its_own_is_known_by_its_base(tmp_path: Path) -> None:
+    class MyLogger(CSVLogger):
+        pass
+
+    report(MyLogger(tmp_path, name=None, version="run"), small_scores())
+    assert (tmp_path / "run" / "scores.csv").exists()
+
+
+def test_names_begin_with_the_namespace() -> None:
+    logger = Recording()
+    report(logger, small_scores(), namespace="influence_2")
+    assert {name.split("/")[0] for name in logger.metrics[0][0]} == {"influence_2"}
+
+
+def test_the_console_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    report_all([], small_scores(), step=12)
+    assert "Most harmful" in capsys.readouterr().out
+    report_all([], small_scores(), step=12, console=False)
+    assert capsys.readouterr().out == ""
+
+
+def test_only_rank_zero_reports(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    logger = Recording()
+    report_all([logger], small_scores(), step=12)
+    assert logger.metrics == []
+    assert capsys.readouterr().out == ""
