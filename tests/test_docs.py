@@ -1,0 +1,114 @@
+"""The documentation's Python blocks run, and its lists are those of the code.
+
+A block fenced as ``python`` runs; the blocks of a page share one namespace, in order. After a line
+``<!-- not run -->`` a block is only compiled.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+from types import CodeType
+
+import pytest
+
+import lightning_accie
+from lightning_accie.capture import support
+from lightning_accie.replay import per_sample, update_rules
+from lightning_accie.scores import CSV_HEADER
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = [page for page in [*sorted(DOCS.glob("*.md")), ROOT / "README.md"] if page.exists()]
+NOT_RUN = "<!-- not run -->"
+FENCE = "```"
+
+
+@dataclass(frozen=True)
+class Block:
+    page: Path
+    line: int
+    source: str
+    runs: bool
+
+    def compiled(self) -> CodeType:
+        # With blank lines in front, a traceback names the page's own line.
+        return compile("\n" * (self.line - 1) + self.source, str(self.page), "exec")
+
+
+def blocks_of(page: Path) -> list[Block]:
+    lines = page.read_text(encoding="utf-8").splitlines()
+    blocks = []
+    opened: int | None = None
+    for number, line in enumerate(lines):
+        if not line.strip().startswith(FENCE):
+            continue
+        if opened is None:
+            opened = number
+            continue
+        language = lines[opened].strip().removeprefix(FENCE)
+        assert language == "python" or not language.startswith("py"), f"{page}:{opened + 1}"
+        if language == "python":
+            source = textwrap.dedent("\n".join(lines[opened + 1 : number])) + "\n"
+            runs = opened == 0 or lines[opened - 1].strip() != NOT_RUN
+            blocks.append(Block(page, opened + 2, source, runs))
+        opened = None
+    assert opened is None, f"{page}:{opened} opens a block that nothing closes"
+    return blocks
+
+
+BLOCKS = {page.name: blocks_of(page) for page in PAGES}
+RUNNABLE = [name for name, blocks in BLOCKS.items() if any(block.runs for block in blocks)]
+
+
+def page_text(name: str) -> str:
+    return (DOCS / name).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_every_block_compiles(name: str) -> None:
+    for block in BLOCKS[name]:
+        block.compiled()
+
+
+@pytest.mark.parametrize("name", RUNNABLE)
+def test_the_blocks_of_a_page_run(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(update_rules, "_RULES", dict(update_rules._RULES))
+    namespace = {"__name__": f"docs_{Path(name).stem}"}
+    for block in BLOCKS[name]:
+        if block.runs:
+            exec(block.compiled(), namespace)
+
+
+def test_the_pages_that_teach_by_running_do_run() -> None:
+    assert {"index.md", "how-to.md", "files.md"} <= set(RUNNABLE)
+
+
+def test_what_is_supported_is_listed() -> None:
+    text = page_text("support.md")
+    losses = [f"`{loss.__name__}`" for loss in per_sample._LOSSES]
+    optimisers = [f"`{optimiser.__name__}`" for optimiser in update_rules._RULES]
+    precisions = [f'`"{precision}"`' for precision in support.PRECISIONS]
+    callbacks = [f"`{callback}`" for callback in support._WEIGHT_AVERAGING]
+    hooks = [f"`{hook}`" for hook in support._MODULE_HOOKS]
+    listed = [*losses, *optimisers, *precisions, *callbacks, *hooks]
+    assert [name for name in listed if name not in text] == []
+
+
+def test_the_columns_of_the_csv_file_are_listed_in_order() -> None:
+    assert ",".join(CSV_HEADER) in page_text("files.md")
+
+
+def test_the_api_page_has_every_public_name() -> None:
+    text = page_text("api.md")
+    # The errors stand there as a module.
+    missing = [
+        name
+        for name in lightning_accie.__all__
+        if not name.startswith("__") and not name.endswith("Error") and f".{name}\n" not in text
+    ]
+    assert missing == []
