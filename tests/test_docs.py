@@ -93,7 +93,7 @@ def test_what_is_supported_is_listed() -> None:
     losses = [f"`{loss.__name__}`" for loss in per_sample._LOSSES]
     optimisers = [f"`{optimiser.__name__}`" for optimiser in update_rules._RULES]
     precisions = [f'`"{precision}"`' for precision in support.PRECISIONS]
-    callbacks = [f"`{callback}`" for callback in support._WEIGHT_AVERAGING]
+    callbacks = [f"`{callback}`" for callback in support._CALLBACKS]
     hooks = [f"`{hook}`" for hook in support._MODULE_HOOKS]
     listed = [*losses, *optimisers, *precisions, *callbacks, *hooks]
     assert [name for name in listed if name not in text] == []
