@@ -129,9 +129,9 @@ def publish(name: str, text: str) -> None:
     for path in (ROOT / "README.md", ROOT / "docs" / "benchmarks.md"):
         if not path.exists():
             continue
-        pattern = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.DOTALL)
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         old = path.read_text()
-        new = pattern.sub(lambda match: match.group(1) + text.strip() + match.group(2), old)
+        new = pattern.sub(lambda match: match.group(1) + text.strip() + "\n" + match.group(2), old)
         if new != old:
             path.write_text(new)
             print(f"wrote `{name}` into {path.name}")

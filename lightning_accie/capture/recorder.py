@@ -223,7 +223,7 @@ class Recorder:
         self._due = True
         if self.sink.wants_checkpoint(self.steps + 1):
             self.settle()
-        if self._open is None:
+        if self._due and self._open is None:
             self._emit()
         if self.sink.wants_checkpoint(self.steps):
             self.sink.checkpoint(self.take(self.steps))

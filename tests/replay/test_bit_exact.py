@@ -108,3 +108,21 @@ def test_a_backward_walk_with_little_memory_visits_the_same_states(tmp_path: Pat
         assert all(torch.equal(a, b) for a, b in zip(visit.state.leaves(), leaves, strict=True))
         seen += 1
     assert seen == len(walker) == 69
+
+
+@pytest.mark.parametrize("layers", ["plain", "dropout"])
+def test_a_run_past_its_first_checkpoints(tmp_path: Path, layers: str) -> None:
+    """A checkpoint on the way closes the step before it, and adds none of its own."""
+    module = Classifier(net(layers), sgd(momentum=0.9))
+    engine = record(
+        tmp_path, module, float32_data(40, 0), float32_data(20, 1), batch_size=1, max_epochs=7
+    )
+    assert len(engine.trajectory) == 280
+    assert engine.trajectory.checkpoint_steps == (0, 256, 280)
+    assert all(len(step.micro_batches) == 1 for step in engine.trajectory.steps())
+    walker = engine._walker
+    states = [visit.snapshot for visit in walker.forwards()]
+    assert walker.fidelity.losses >= 280
+    assert walker.fidelity.checkpoints == 2
+    assert walker.fidelity.bit_exact
+    assert states[-1].step == 279
