@@ -3,18 +3,47 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Subset, TensorDataset
 from torch.utils.data.dataloader import default_collate, default_convert
 
 from lightning_accie.errors import TrajectoryError
 from lightning_accie.replay.state import tree_bytes
 from lightning_accie.trajectory.records import MicroBatch, Piece
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A batch in the cache, and autograd's version counters of its tensors when it was made."""
+
+    micro: MicroBatch
+    batch: Any
+    size: int
+    versions: list[int]
+
+    def serves(self, micro: MicroBatch) -> bool:
+        """Whether it is this batch still; a ``training_step`` may have changed it in place."""
+        return _same_samples(self.micro, micro) and versions(self.batch) == self.versions
+
+
+def versions(batch: Any) -> list[int]:
+    """Autograd's version counters of a batch's tensors: they tell whether it was changed in place.
+
+    Args:
+        batch: any nested structure.
+
+    Returns:
+        One number a tensor.
+    """
+    leaves = pytree.tree_leaves(batch)
+    return [t._version for t in leaves if isinstance(t, Tensor) and not t.is_inference()]
 
 
 class BatchSource:
@@ -33,7 +62,7 @@ class BatchSource:
         self.loaders = list(loaders)
         self.assemble = assemble
         self.cache_bytes = cache_bytes
-        self._cache: OrderedDict[tuple[int, int, int], tuple[MicroBatch, Any, int]] = OrderedDict()
+        self._cache: OrderedDict[tuple[int, int, int], _Held] = OrderedDict()
         self._held = 0
         offsets = [0]
         for loader in self.loaders:
@@ -72,17 +101,39 @@ class BatchSource:
         """
         key = (micro.epoch, micro.global_step, micro.batch_idx)
         held = self._cache.get(key)
-        if held is not None and _same_samples(held[0], micro):
+        if held is not None and held.serves(micro):
             self._cache.move_to_end(key)
-            return held[1]
+            return held.batch
+        if held is not None:
+            self._held -= self._cache.pop(key).size
         batch = self._build(micro)
         size = tree_bytes(batch)
         if size <= self.cache_bytes:
-            self._cache[key] = (micro, batch, size)
+            self._cache[key] = _Held(micro, batch, size, versions(batch))
             self._held += size
             while self._held > self.cache_bytes:
-                self._held -= self._cache.popitem(last=False)[1][2]
+                self._held -= self._cache.popitem(last=False)[1].size
         return batch
+
+    def others(self, micro: MicroBatch) -> Iterator[Any]:
+        """Batches of the same sizes made of other samples, for a look at what depends on them.
+
+        Args:
+            micro: the batch at hand.
+
+        Yields:
+            The samples that follow its last one (in a full batch: the same ones in another order),
+            then one sample in every place; as `fetch` gives them, None included.
+        """
+        for change in (_following, _one_sample):
+            pieces = (
+                Piece(piece.source, change(piece.indices, self._size(piece.source)))
+                for piece in micro.pieces
+            )
+            yield self._build(replace(micro, pieces=tuple(pieces)))
+
+    def _size(self, source: int) -> int:
+        return self.offsets[source + 1] - self.offsets[source]
 
     def _build(self, micro: MicroBatch) -> Any:
         if self.assemble is None and len(micro.pieces) == 1:
@@ -138,6 +189,14 @@ def _tensor_rows(dataset: Any, indices: list[int]) -> list[Tensor] | None:
         return None
     chosen = torch.tensor(indices)
     return [tensor[chosen] for tensor in dataset.tensors]
+
+
+def _following(indices: np.ndarray, count: int) -> np.ndarray:
+    return (indices.max() + 1 + np.arange(len(indices))) % count
+
+
+def _one_sample(indices: np.ndarray, count: int) -> np.ndarray:
+    return np.full_like(indices, (indices[0] + 1) % count)
 
 
 def _same_samples(left: MicroBatch, right: MicroBatch) -> bool:

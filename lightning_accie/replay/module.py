@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_accie.errors import ReplayMismatchError, TrajectoryError, UnsupportedError
 from lightning_accie.replay import random_state
-from lightning_accie.replay.batches import BatchSource
+from lightning_accie.replay.batches import BatchSource, versions
 from lightning_accie.replay.neutral import StandInTrainer, neutral_copy
 from lightning_accie.replay.per_sample import Differentiable, WeightedReduction
 from lightning_accie.replay.random_state import Restorable
@@ -97,6 +97,7 @@ class TrainingProgram:
         """Replaces the batch in `weighted`; the probe at fit start uses it."""
         self.contributions: list[Tensor] = []
         """The weighted reductions of the last `weighted` call, in order."""
+        self._works_in_place = False
         self._hooks = _transfer_hooks(self.module, datamodule, self.device)
         self._takes_index = len(header["step_arguments"]) > 1
         self._set_modes(header["eval_modules"])
@@ -193,7 +194,15 @@ class TrainingProgram:
         Returns:
             The batch after the transfer hooks, on the device.
         """
-        return self.transfer(self.batches.fetch(micro))
+        return self.prepared(self.batches.fetch(micro))
+
+    def prepared(self, batch: Any) -> Any:
+        """A batch of `batches` as ``training_step`` would receive it.
+
+        Returns:
+            The batch after the transfer hooks, on the device.
+        """
+        return self.transfer(batch)
 
     def transfer(self, batch: Any) -> Any:
         """Convert and move a batch as the Trainer did.
@@ -216,14 +225,19 @@ class TrainingProgram:
             The returned loss with its graph, or None.
         """
         batch = self._prepare(micro, random)
+        before = None if self._works_in_place else versions(batch)
         with self.precision():
-            return self._training_step(batch, micro)
+            loss = self._training_step(batch, micro)
+        self._works_in_place = before is None or versions(batch) != before
+        return loss
 
     def _prepare(self, micro: MicroBatch, random: Restorable | None) -> Any:
         """Put generators and counters where they stood; gives the batch."""
         batch = self.batch(micro)
         if self.substitute is not None:
             batch = self.substitute(batch)
+        if self._works_in_place:  # on a copy of its own: torch.func lets it change no other
+            batch = pytree.tree_map_only(Tensor, Tensor.clone, batch)
         if random is not None:
             random.restore(self._cuda)
         self.trainer.current_epoch = micro.epoch

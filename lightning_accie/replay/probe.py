@@ -15,8 +15,8 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.func import grad
@@ -25,7 +25,6 @@ from lightning_accie.errors import UnsupportedError
 from lightning_accie.replay.module import LossForm, RecordedLoss, TrainingProgram
 from lightning_accie.replay.per_sample import Reduction, ReductionScout, rows_are_samples
 from lightning_accie.replay.state import Params, dot
-from lightning_accie.trajectory.records import MicroBatch, Piece
 
 _TOLERANCE = 1e-4
 _GRADIENT_TOLERANCE = 1e-3
@@ -181,9 +180,7 @@ class _Probe:
 
     # ------------------------------------------------------------------ the parts
 
-    def _not_of_samples(
-        self, hand_written: bool, others: MicroBatch | None
-    ) -> tuple[frozenset[int], str]:
+    def _not_of_samples(self, hand_written: bool, others: Any) -> tuple[frozenset[int], str]:
         """The reductions that get no weights, and what is remarkable about them."""
         here = self._scout(hand_written)
         there = here if others is None else self._scout(hand_written, others)
@@ -222,18 +219,18 @@ class _Probe:
         if not abs(value - expected) <= 10 * _TOLERANCE * scale:
             raise UnsupportedError("it is not a weighted sum of terms of the samples.")
 
-    def _rest(self, others: MicroBatch | None = None) -> Params:
+    def _rest(self, others: Any = None) -> Params:
         """∇R: what is left of the gradient at w = 0."""
         with self._instead(others), torch.enable_grad():
             return self._differentiated(self._weighted(torch.zeros_like(self.loss.ones())))
 
-    def _gradient(self, others: MicroBatch | None = None) -> Params:
+    def _gradient(self, others: Any = None) -> Params:
         """The gradient of the loss as `training_step` returns it."""
         with self._instead(others), torch.enable_grad():
             value = self.program.run(self.loss.micro, self.loss.random)
         return {} if value is None else self._differentiated(value)
 
-    def _scout(self, hand_written: bool, others: MicroBatch | None = None) -> list[_Seen]:
+    def _scout(self, hand_written: bool, others: Any = None) -> list[_Seen]:
         scout = ReductionScout(hand_written=hand_written)
         with self._instead(others), torch.enable_grad(), scout:
             self.program.run(self.loss.micro, self.loss.random)
@@ -263,40 +260,27 @@ class _Probe:
 
     # ------------------------------------------------------------------ other samples
 
-    def _others(self) -> MicroBatch | None:
+    def _others(self) -> Any:
         """A batch of other samples that gives another gradient; None where the data have none."""
         here = self._gradient()
-        for change in (_following, _one_sample):
-            pieces = []
-            for piece in self.loss.micro.pieces:
-                count = len(self.program.batches.loaders[piece.source].dataset)  # type: ignore[arg-type]
-                pieces.append(Piece(piece.source, change(piece.indices, count)))
-            others = replace(self.loss.micro, pieces=tuple(pieces))
+        for others in self.program.batches.others(self.loss.micro):
+            if others is None:  # a collate function may drop a batch: the step never sees those
+                continue
             there = self._gradient(others)
             if math.isfinite(_length(there)) and not _close(here, there):
                 return others
         return None
 
     @contextmanager
-    def _instead(self, others: MicroBatch | None) -> Iterator[None]:
+    def _instead(self, others: Any) -> Iterator[None]:
         """Let the step see other samples."""
         if others is not None:
-            batch = self.program.batch(others)
+            batch = self.program.prepared(others)
             self.program.substitute = lambda _: batch
         try:
             yield
         finally:
             self.program.substitute = None
-
-
-def _following(indices: np.ndarray, count: int) -> np.ndarray:
-    """The samples after the batch's last one; the same ones in another order in a full batch."""
-    return (indices.max() + 1 + np.arange(len(indices))) % count
-
-
-def _one_sample(indices: np.ndarray, count: int) -> np.ndarray:
-    """One sample in every place."""
-    return np.full_like(indices, (indices[0] + 1) % count)
 
 
 def _length(gradient: Params) -> float:
