@@ -15,7 +15,8 @@ from lightning_accie.data import training_loaders
 from lightning_accie.errors import ReplayMismatchError, UnsupportedError
 from lightning_accie.replay import random_state
 from lightning_accie.replay.batches import BatchSource
-from lightning_accie.replay.module import LossForm, SampleLosses, TrainingProgram
+from lightning_accie.replay.loss_form import LossForm
+from lightning_accie.replay.module import SampleLosses, TrainingProgram
 from lightning_accie.replay.probe import find_loss_form
 from lightning_accie.replay.walker import Snapshot, Visit, Walker
 from lightning_accie.trajectory.records import Checkpoint, Step

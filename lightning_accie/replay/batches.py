@@ -81,6 +81,18 @@ class BatchSource:
             [piece.indices + self.offsets[piece.source] for piece in micro.pieces]
         )
 
+    def spans(self, micro: MicroBatch) -> dict[int, slice]:
+        """Where each loader's samples lie among the batch's.
+
+        Returns:
+            By loader, a slice of ``[B]``.
+        """
+        found, start = {}, 0
+        for piece in micro.pieces:
+            found[piece.source] = slice(start, start + len(piece.indices))
+            start += len(piece.indices)
+        return found
+
     def sample(self, number: int) -> Any:
         """Read one sample.
 
@@ -130,6 +142,26 @@ class BatchSource:
                 Piece(piece.source, change(piece.indices, self._size(piece.source)))
                 for piece in micro.pieces
             )
+            yield self._build(replace(micro, pieces=tuple(pieces)))
+
+    def with_another(self, micro: MicroBatch, source: int, place: int) -> Iterator[Any]:
+        """The batch with one sample replaced.
+
+        Args:
+            micro: the batch at hand.
+            source: the loader whose sample to replace.
+            place: its place among that loader's samples.
+
+        Yields:
+            The batch with others of its own samples in that place, which keep the shape that a
+            collate function gives it, then with the one that follows its last; None included.
+        """
+        indices = next(piece.indices for piece in micro.pieces if piece.source == source)
+        own = [indices[(place + step) % len(indices)] for step in range(1, min(len(indices), 4))]
+        for index in [*own, (indices.max() + 1) % self._size(source)]:
+            changed = indices.copy()
+            changed[place] = index
+            pieces = (Piece(source, changed) if p.source == source else p for p in micro.pieces)
             yield self._build(replace(micro, pieces=tuple(pieces)))
 
     def _size(self, source: int) -> int:

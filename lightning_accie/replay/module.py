@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch.utils import _pytree as pytree
 from lightning_accie.errors import ReplayMismatchError, TrajectoryError, UnsupportedError
 from lightning_accie.replay import random_state
 from lightning_accie.replay.batches import BatchSource, versions
+from lightning_accie.replay.loss_form import LossForm
 from lightning_accie.replay.neutral import StandInTrainer, neutral_copy
 from lightning_accie.replay.per_sample import Differentiable, WeightedReduction
 from lightning_accie.replay.random_state import Restorable
@@ -23,42 +23,6 @@ from lightning_accie.trajectory.records import MicroBatch
 
 SampleLosses = Callable[[Any, Any], Tensor]
 """``sample_losses(module, batch) -> [B]``: the user's own per-sample losses."""
-
-
-@dataclass(frozen=True)
-class LossForm:
-    """How the returned loss splits into per-sample parts; found by the first-step self-check.
-
-    Attributes:
-        hand_written: reductions by hand (``.mean()``, ``.sum()``) carry sample weights too.
-        excluded: reductions, by ordinal, that do not depend on the data.
-        penalty: whether a part R(θ) belongs to no sample.
-    """
-
-    hand_written: bool = False
-    excluded: frozenset[int] = frozenset()
-    penalty: bool = False
-
-    def to_json(self) -> dict[str, Any]:
-        """Describe the form for a trajectory's header.
-
-        Returns:
-            JSON values.
-        """
-        return {
-            "hand_written": self.hand_written,
-            "excluded": sorted(self.excluded),
-            "penalty": self.penalty,
-        }
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> LossForm:
-        """Read what `to_json` wrote.
-
-        Returns:
-            The form.
-        """
-        return cls(values["hand_written"], frozenset(values["excluded"]), values["penalty"])
 
 
 class TrainingProgram:
@@ -95,8 +59,6 @@ class TrainingProgram:
         self.form = LossForm.from_json(header["loss_form"]) if "loss_form" in header else LossForm()
         self.substitute: Callable[[Any], Any] | None = None
         """Replaces the batch in `weighted`; the probe at fit start uses it."""
-        self.contributions: list[Tensor] = []
-        """The weighted reductions of the last `weighted` call, in order."""
         self._works_in_place = False
         self._hooks = _transfer_hooks(self.module, datamodule, self.device)
         self._takes_index = len(header["step_arguments"]) > 1
@@ -309,16 +271,25 @@ class TrainingProgram:
         with self.precision(), self._differentiable(), self._on(params):
             if self.sample_losses is not None:
                 return self._with_sample_losses(batch, micro, random, weights)
-            reduction = WeightedReduction(
-                weights,
-                hand_written=self.form.hand_written,
-                excluded=self.form.excluded,
-                around=around,
-            )
-            with reduction:
+            spans = self.batches.spans(micro)
+            with WeightedReduction(weights, self.form, spans=spans, around=around):
                 loss = self._training_step(batch, micro)
-            self.contributions = reduction.contributions
         return _require(loss, micro)
+
+    @contextmanager
+    def fixed_statistics(self) -> Iterator[None]:
+        """Let normalisation layers use their running statistics: no sample then sees another.
+
+        Yields:
+            Nothing.
+        """
+        for part in self._tracking:
+            part.training = False
+        try:
+            yield
+        finally:
+            for part in self._tracking:
+                part.training = True
 
     @contextmanager
     def _differentiable(self) -> Iterator[None]:

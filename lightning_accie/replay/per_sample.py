@@ -10,7 +10,7 @@ batch statistics are therefore the batch's own.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from lightning_accie.errors import UnsupportedError
+from lightning_accie.replay.loss_form import BY_HAND, ROWS, Layout, LossForm
 
 
 def _count(elements: Tensor, arguments: Mapping[str, Any]) -> Tensor | float:
@@ -46,23 +47,30 @@ def _batch_size(elements: Tensor, arguments: Mapping[str, Any]) -> Tensor | floa
     return float(elements.shape[0])
 
 
+def _weight_sum(elements: Tensor, arguments: Mapping[str, Any]) -> Tensor | float:
+    """The denominator of ``mse_loss``: its weights' sum, where it has some."""
+    weight = arguments.get("weight")
+    return float(elements.numel()) if weight is None else weight.sum()
+
+
 _Denominator = Callable[[Tensor, Mapping[str, Any]], "Tensor | float"]
 
 _LOSSES: dict[Callable[..., Tensor], _Denominator] = {
     F.cross_entropy: _class_weight_sum,
     F.nll_loss: _class_weight_sum,
+    F.mse_loss: _weight_sum,
     **dict.fromkeys(
         [
             F.binary_cross_entropy,
             F.binary_cross_entropy_with_logits,
             F.cosine_embedding_loss,
+            F.ctc_loss,
             F.gaussian_nll_loss,
             F.hinge_embedding_loss,
             F.huber_loss,
             F.kl_div,
             F.l1_loss,
             F.margin_ranking_loss,
-            F.mse_loss,
             F.multi_margin_loss,
             F.multilabel_margin_loss,
             F.multilabel_soft_margin_loss,
@@ -76,7 +84,6 @@ _LOSSES: dict[Callable[..., Tensor], _Denominator] = {
     ),
 }
 _SIGNATURES = {loss: inspect.signature(loss) for loss in _LOSSES}
-_REGRESSION = (F.mse_loss, F.l1_loss, F.huber_loss)  # their `weight=` changes the denominator
 _ATTENTION = {F.scaled_dot_product_attention, F.multi_head_attention_forward}
 _HAND_WRITTEN = {torch.Tensor.mean, torch.mean, torch.Tensor.sum, torch.sum}
 
@@ -120,37 +127,68 @@ def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool
     return input * mask.permute([order.index(dim) for dim in range(input.dim())])
 
 
-class WeightedReduction(Differentiable):
-    """Weights each sample's terms in every loss reduction that runs inside.
+@dataclass(frozen=True)
+class Reduction:
+    """A reduction in the user's step that sample weights might go into.
 
-    Args:
-        weights: ``[B]``, one weight a sample of the batch; 1 in the real run.
-        hand_written: also weight full reductions by hand, ``x.mean()`` and ``x.sum()``.
-        excluded: ordinals of reductions that are left alone, because the probe found that they are
-            no sum over the samples' losses (a penalty on the weights, a count).
-        around: compute a reduction as the user's own, plus Σ_i (w_i - 1) ℓ_i/|m|. At w = 1 value
-            and gradient are then those of the unweighted run, bit for bit. Without it the
-            reduction is Σ_i w_i ℓ_i/|m| alone.
-
-    Raises:
-        UnsupportedError: at a reduction whose rows cannot be told apart by sample.
+    Attributes:
+        name: the function's name.
+        elements: what it reduces.
+        own: the reduction as the user wrote it.
+        along: the same over other elements of that shape.
+        dims: the dimensions that it reduces; None for all.
     """
 
-    def __init__(
-        self,
-        weights: Tensor,
-        *,
-        hand_written: bool = False,
-        excluded: frozenset[int] = frozenset(),
-        around: bool = True,
-    ) -> None:
+    name: str
+    elements: Tensor
+    own: Callable[[], Tensor]
+    along: Callable[[Tensor], Tensor]
+    dims: tuple[int, ...] | None = None
+
+    def weighted(self, weights: Tensor, layout: Layout) -> Tensor:
+        """Reduce with a factor for each sample.
+
+        Args:
+            weights: ``[B]``.
+            layout: which elements are whose.
+
+        Returns:
+            The reduction of w_i times the elements of sample i, over the user's own denominator.
+        """
+        weights = weights.to(self.elements.dtype)
+        return self.along(self.elements * layout.spread(weights, self.elements.shape))
+
+
+@dataclass(frozen=True)
+class _Sum(Reduction):
+    """A sum of all elements over a denominator."""
+
+    denominator: Tensor | float = 1.0
+
+    def weighted(self, weights: Tensor, layout: Layout) -> Tensor:
+        per_sample = layout.per_sample(self.elements, len(weights))
+        return torch.dot(per_sample, weights.to(per_sample.dtype)) / self.denominator
+
+
+class ReductionMode(Differentiable):
+    """Meets every reduction of the user's step that sample weights might go into.
+
+    Args:
+        hand_written: which reductions by hand to meet, one of `BY_HAND`.
+    """
+
+    def __init__(self, hand_written: str) -> None:
         super().__init__()
-        self.weights = weights
-        self.around = around
-        self.hand_written = hand_written
-        self.excluded = excluded
-        self.contributions: list[Tensor] = []
-        """The value of every reduction, in order."""
+        level = BY_HAND.index(hand_written)
+        self._whole, self._partial = level > 0, level > 1
+
+    def meet(self, reduction: Reduction) -> Tensor:
+        """Take a reduction's place.
+
+        Returns:
+            The value that the step goes on with.
+        """
+        raise NotImplementedError
 
     def __torch_function__(
         self,
@@ -159,14 +197,14 @@ class WeightedReduction(Differentiable):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Replace a reduction of per-sample terms by its weighted form.
+        """Meet a reduction, or call ``func`` in its differentiable form.
 
         Returns:
-            The weighted reduction, or what ``func`` returns.
+            What takes the place of its result.
         """
         if func in _LOSSES:
             return self._loss(func, args, kwargs or {})
-        if self.hand_written and func in _HAND_WRITTEN:
+        if self._whole and func in _HAND_WRITTEN:
             return self._by_hand(func, args, kwargs or {})
         return super().__torch_function__(func, types, args, kwargs)
 
@@ -179,11 +217,6 @@ class WeightedReduction(Differentiable):
         reduction = _reduction(arguments)
         if reduction == "none":
             return func(*args, **kwargs)
-        if func in _REGRESSION and arguments.get("weight") is not None:
-            raise UnsupportedError(
-                f"`{func.__name__}(weight=...)` divides by the weights' sum, which this package "
-                "cannot split by sample. Pass `sample_losses=` to InfluenceCallback."
-            )
         arguments |= {"reduction": "none"}
         arguments |= {key: None for key in ("size_average", "reduce") if key in arguments}
         elements = func(*bound.args, **bound.kwargs)
@@ -193,84 +226,166 @@ class WeightedReduction(Differentiable):
             denominator = _batch_size(elements, arguments)
         else:
             denominator = _LOSSES[func](elements, arguments)
-        return self._weighted(func.__name__, elements, denominator, partial(func, *args, **kwargs))
+            if func is F.ctc_loss:  # a mean over the samples of what is already one by length
+                elements = elements / _lengths(arguments["target_lengths"], elements)
+        return self.meet(
+            _Sum(
+                func.__name__,
+                elements,
+                partial(func, *args, **kwargs),
+                lambda other: other.sum() / denominator,
+                denominator=denominator,
+            )
+        )
 
     def _by_hand(
         self, func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Tensor:
-        value = args[0] if args else kwargs["input"]
-        whole = len(args) <= 1 and not (kwargs.keys() - {"input", "dtype"})
-        if not (whole and value.is_floating_point()):
-            return func(*args, **kwargs)
-        mean = func in (torch.mean, torch.Tensor.mean)
+        value, rest = (args[0], args[1:]) if args else (kwargs["input"], ())
+        others = {key: item for key, item in kwargs.items() if key != "input"}
+        dims = _dims(value, rest, others)
         own = partial(func, *args, **kwargs)
-        return self._weighted(func.__name__, value, float(value.numel()) if mean else 1.0, own)
+        if not value.is_floating_point() or (dims is not None and not self._partial):
+            return own()
+        name = func.__name__
 
-    def _weighted(
+        def along(elements: Tensor) -> Tensor:
+            return func(elements, *rest, **others)
+
+        if dims is not None:
+            return self.meet(Reduction(f"{name}(dim=…)", value, own, along, dims))
+        mean = func in (torch.mean, torch.Tensor.mean)
+        count = float(value.numel()) if mean else 1.0
+        return self.meet(_Sum(name, value, own, along, denominator=count))
+
+
+class WeightedReduction(ReductionMode):
+    """Weights each sample's terms in every loss reduction that runs inside.
+
+    Args:
+        weights: ``[B]``, one weight a sample of the batch; 1 in the real run.
+        form: where the weights go.
+        spans: where each training loader's samples lie in ``weights``, where there are several.
+        around: compute a reduction as the user's own, plus Σ_i (w_i - 1) ℓ_i/|m|. At w = 1 value
+            and gradient are then those of the unweighted run, bit for bit. Without it the
+            reduction is Σ_i w_i ℓ_i/|m| alone.
+    """
+
+    def __init__(
         self,
-        name: str,
-        elements: Tensor,
-        denominator: Tensor | float,
-        own: Callable[[], Tensor],
-    ) -> Tensor:
-        batch = len(self.weights)
-        if len(self.contributions) in self.excluded:
-            contribution = own()
-        else:
-            if not rows_are_samples(elements.shape, batch):
-                raise UnsupportedError(
-                    f"`{name}` in training_step reduces a tensor of shape {tuple(elements.shape)}, "
-                    f"but the batch has {batch} samples: its rows cannot be told apart by sample. "
-                    "Pass `sample_losses=` to InfluenceCallback."
-                )
-            per_sample = elements.reshape(batch, -1).sum(1)
-            weights = self.weights - 1.0 if self.around else self.weights
-            contribution = torch.dot(per_sample, weights.to(per_sample.dtype)) / denominator
-            if self.around:
-                contribution = own() + contribution
-        self.contributions.append(contribution)
-        return contribution
+        weights: Tensor,
+        form: LossForm,
+        *,
+        spans: Mapping[int, slice] | None = None,
+        around: bool = True,
+    ) -> None:
+        super().__init__(form.hand_written)
+        self.weights = weights
+        self.form = form
+        self.spans = spans or {}
+        self.around = around
+        self.met = 0
+
+    def meet(self, reduction: Reduction) -> Tensor:
+        """Weight a reduction.
+
+        Returns:
+            Its weighted form, or its own value where it carries no weights.
+
+        Raises:
+            UnsupportedError: if its rows cannot be told apart by sample.
+        """
+        place, self.met = self.met, self.met + 1
+        if place in self.form.excluded:
+            return reduction.own()
+        layout = self.form.layouts.get(place, ROWS)
+        weights, shape = self.weights, tuple(reduction.elements.shape)
+        if layout.source is not None:
+            if layout.source not in self.spans:  # none of that loader's samples: nobody's term
+                return reduction.own()
+            weights = weights[self.spans[layout.source]]
+        if not layout.fits(shape, len(weights)):
+            raise UnsupportedError(
+                f"`{reduction.name}` in training_step reduces a tensor of shape {shape}, but the "
+                f"batch has {len(weights)} samples: its rows cannot be told apart by sample. Pass "
+                "`sample_losses=` to InfluenceCallback."
+            )
+        if not self.around:
+            return reduction.weighted(weights, layout)
+        return reduction.own() + reduction.weighted(weights - 1.0, layout)
 
 
 @dataclass(frozen=True)
-class Reduction:
-    """A reduction that sample weights might go into: its name, the shape it reduces, its value."""
+class Met:
+    """A reduction and the value it had."""
 
-    name: str
-    shape: tuple[int, ...]
+    reduction: Reduction
     value: Tensor
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of what it reduces."""
+        return tuple(self.reduction.elements.shape)
 
-class ReductionScout(WeightedReduction):
-    """Lists the reductions that `WeightedReduction` would weight, and changes none.
+
+class ReductionScout(ReductionMode):
+    """Lists the reductions that `WeightedReduction` would meet, and changes none.
 
     Args:
         hand_written: see there.
     """
 
-    def __init__(self, *, hand_written: bool) -> None:
-        super().__init__(torch.zeros(0), hand_written=hand_written)
-        self.found: list[Reduction] = []
+    def __init__(self, hand_written: str) -> None:
+        super().__init__(hand_written)
+        self.found: list[Met] = []
+        self.scalars: dict[str, None] = {}
+        """The functions that made a scalar out of a tensor in any other way."""
 
-    def _weighted(
+    def meet(self, reduction: Reduction) -> Tensor:
+        """Note a reduction.
+
+        Returns:
+            Its own value.
+        """
+        self.found.append(Met(reduction, reduction.own()))
+        return self.found[-1].value
+
+    def __torch_function__(
         self,
-        name: str,
-        elements: Tensor,
-        denominator: Tensor | float,
-        own: Callable[[], Tensor],
-    ) -> Tensor:
-        value = own()
-        self.found.append(Reduction(name, tuple(elements.shape), value))
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Meet a reduction, and note what else reduces.
+
+        Returns:
+            The result.
+        """
+        value = super().__torch_function__(func, types, args, kwargs)
+        name = getattr(func, "__name__", "")
+        if not name.startswith("__") and func not in _LOSSES and func not in _HAND_WRITTEN:
+            tensors = [arg for arg in args if isinstance(arg, Tensor)]
+            reduces = isinstance(value, Tensor) and value.dim() == 0 and value.requires_grad
+            if reduces and any(tensor.dim() > 0 for tensor in tensors):
+                self.scalars[name] = None
         return value
 
 
-def rows_are_samples(shape: Sequence[int], batch: int) -> bool:
-    """Tell whether a tensor of this shape can have one row a sample.
+def _dims(
+    value: Tensor, rest: tuple[Any, ...], others: Mapping[str, Any]
+) -> tuple[int, ...] | None:
+    """The dimensions that a sum or mean by hand reduces; None for all of them."""
+    dims = rest[0] if rest else others.get("dim", others.get("axis"))
+    if dims is None or isinstance(dims, torch.dtype) or value.dim() == 0:
+        return None
+    dims = (dims,) if isinstance(dims, int) else tuple(dims)
+    return tuple(sorted(dim % value.dim() for dim in dims)) or None
 
-    Returns:
-        Whether it has ``batch`` rows; a batch of one sample has all there is.
-    """
-    return batch == 1 or (len(shape) > 0 and shape[0] == batch)
+
+def _lengths(lengths: Any, like: Tensor) -> Tensor:
+    """The targets' lengths as ``ctc_loss`` divides by them."""
+    return torch.as_tensor(lengths, device=like.device).clamp_min(1).to(like.dtype)
 
 
 def _reduction(arguments: Mapping[str, Any]) -> str:

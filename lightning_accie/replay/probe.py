@@ -5,6 +5,8 @@ batch, and what is left at w = 0 is R. Which reductions are the samples' own is 
 step once more with other samples: a reduction that does not notice is a penalty on the weights, and a
 remainder that does notice is a loss whose samples were not found.
 
+Which elements of a reduction are whose is found by replacing one sample (`ownership`).
+
 All of it happens at slightly moved parameters. Where training starts, a penalty on biases that are
 zero, or a last layer of zeros, would hide what depends on what.
 """
@@ -22,8 +24,11 @@ from torch import Tensor
 from torch.func import grad
 
 from lightning_accie.errors import UnsupportedError
-from lightning_accie.replay.module import LossForm, RecordedLoss, TrainingProgram
-from lightning_accie.replay.per_sample import Reduction, ReductionScout, rows_are_samples
+from lightning_accie.replay.advice import sample_losses_advice
+from lightning_accie.replay.loss_form import BY_HAND, Layout, LossForm
+from lightning_accie.replay.module import RecordedLoss, TrainingProgram
+from lightning_accie.replay.ownership import Ownership
+from lightning_accie.replay.per_sample import Met, ReductionScout
 from lightning_accie.replay.state import Params, dot
 
 _TOLERANCE = 1e-4
@@ -31,13 +36,13 @@ _GRADIENT_TOLERANCE = 1e-3
 _MOVE = 1e-2
 """How far parameters are moved, relative to their root mean square (or 1 where that is 0)."""
 
-HELP = """Pass the per-sample losses yourself:
 
-    def sample_losses(module, batch):
-        x, y = batch
-        return F.cross_entropy(module(x), y, reduction="none")   # shape [B]
-
-    InfluenceCallback(..., sample_losses=sample_losses)"""
+_TRIED = {
+    "no": "",
+    "whole": "With sums and means by hand: ",
+    "partial": "With those along a dimension too: ",
+}
+"""What was tried, before the reason why it does not fit."""
 
 
 def find_loss_form(program: TrainingProgram, loss: RecordedLoss) -> LossForm:
@@ -83,9 +88,9 @@ def _moved(program: TrainingProgram) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Seen:
-    """What a reduction gave: its value, and its gradient in the parameters (None: it has none)."""
+    """What a reduction gave, with the gradient in the parameters (None: it has none)."""
 
-    reduction: Reduction
+    met: Met
     gradient: tuple[Tensor, ...] | None
 
     @property
@@ -97,9 +102,24 @@ class _Seen:
         """Whether other samples changed neither value nor gradient."""
         if self.gradient is None or other.gradient is None:
             return False
-        pairs = [(self.reduction.value, other.reduction.value)]
+        pairs = [(self.met.value, other.met.value)]
         pairs += zip(self.gradient, other.gradient, strict=True)
         return all(torch.equal(a, b) for a, b in pairs)
+
+    def made_of(self, earlier: _Seen) -> bool:
+        """Whether an earlier reduction went into this one."""
+        if not (self.met.value.requires_grad and earlier.met.value.requires_grad):
+            return False
+        value = self.met.value.sum()
+        (found,) = torch.autograd.grad(
+            value, [earlier.met.value], retain_graph=True, allow_unused=True
+        )
+        return found is not None
+
+    def over_samples(self, layout: Layout | None) -> bool:
+        """Whether it reduces the dimension that tells samples apart."""
+        dims = self.met.reduction.dims
+        return layout is not None and (dims is None or layout.axis in dims)
 
 
 class _Probe:
@@ -109,36 +129,38 @@ class _Probe:
         self.program = program
         self.loss = loss
         self.size = len(loss.samples)
+        self.ownership = Ownership(program, loss)
 
     # ------------------------------------------------------------------ the ways to split
 
     def found(self) -> LossForm:
         """Put the weights where they fit."""
-        reasons = []
-        for hand_written in (False, True):
+        reasons: dict[str, str] = {}
+        for hand_written in BY_HAND:
             try:
                 return self.form(hand_written)
             except UnsupportedError as error:
-                reasons.append(str(error))
+                reasons.setdefault(str(error), hand_written)
+        name = type(self.program.module).__name__
         raise UnsupportedError(
-            "The per-sample losses of `training_step` could not be found: "
-            + " Then, with sums and means by hand: ".join(reasons)
+            f"The per-sample losses of `{name}.training_step` could not be found: "
+            + " ".join(_TRIED[level] + reason for reason, level in reasons.items())
             + "\n"
-            + HELP
+            + sample_losses_advice(self.program, self.loss)
         )
 
-    def form(self, hand_written: bool) -> LossForm:
+    def form(self, hand_written: str) -> LossForm:
         """Put the weights into the loss functions, or into sums and means by hand too."""
         others = self._others()
-        excluded, note = self._not_of_samples(hand_written, others)
-        self.program.form = LossForm(hand_written, excluded)
+        excluded, layouts, note = self._places(hand_written, others)
+        self.program.form = LossForm(hand_written, excluded, layouts)
         self._check_affine()
         rest = self._rest()
         if others is not None and not _close(rest, self._rest(others)):
             raise UnsupportedError(
                 f"a part of the loss depends on the data but on no sample's own term{note}."
             )
-        return LossForm(hand_written, excluded, penalty=_length(rest) > 0)
+        return replace(self.program.form, penalty=_length(rest) > 0)
 
     def with_sample_losses(self) -> LossForm:
         """`sample_losses` must give the training loss, up to a part that is no sample's."""
@@ -180,28 +202,45 @@ class _Probe:
 
     # ------------------------------------------------------------------ the parts
 
-    def _not_of_samples(self, hand_written: bool, others: Any) -> tuple[frozenset[int], str]:
-        """The reductions that get no weights, and what is remarkable about them."""
-        here = self._scout(hand_written)
-        there = here if others is None else self._scout(hand_written, others)
-        if len(here) != len(there):
+    def _places(
+        self, hand_written: str, others: Any
+    ) -> tuple[frozenset[int], dict[int, Layout], str]:
+        """The reductions that get no weights, how the others are laid out, and what is remarkable."""
+        here, scalars = self._scout(hand_written)
+        there = here if others is None else self._scout(hand_written, others)[0]
+        layouts = self.ownership.layouts(hand_written)
+        if not len(here) == len(there) == len(layouts):
             raise UnsupportedError("the number of its reductions depends on the data.")
         excluded, note = [], ""
-        for place, (seen, again) in enumerate(zip(here, there, strict=True)):
-            shape = seen.reduction.shape
-            matches = rows_are_samples(shape, self.size)
+        weighted: dict[int, Layout] = {}
+        for place, (seen, again, layout) in enumerate(zip(here, there, layouts, strict=True)):
             constant = seen.gradient is None  # a count, the sum of a mask
             penalty = others is not None and seen.same(again) and not seen.flat
-            if constant or penalty or not matches:
-                excluded.append(place)
-            if not (constant or penalty or matches):
-                note = (
-                    f" (`{seen.reduction.name}` reduces a tensor of shape {shape}, but the batch "
-                    f"has {self.size} samples: its rows cannot be told apart by sample)"
-                )
-        if len(excluded) == len(here):
+            inner = seen.met.reduction.dims is not None and not seen.over_samples(layout)
+            nested = any(seen.made_of(here[earlier]) for earlier in weighted)
+            if layout is not None and not (constant or penalty or inner or nested):
+                weighted[place] = layout
+                continue
+            excluded.append(place)
+            if not (constant or penalty or inner or nested):
+                note = f" ({self._unclear(seen)})"
+        if not weighted:
+            if scalars and not note:
+                names = ", ".join(f"`{name}`" for name in scalars)
+                note = f" (it reduces by {names}, which is no sum over samples)"
             raise UnsupportedError(f"no reduction over the batch was found in it{note}.")
-        return frozenset(excluded), note
+        return frozenset(excluded), weighted, note
+
+    def _unclear(self, seen: _Seen) -> str:
+        """Say what cannot be told apart; refuse where it might be the samples' and shows nothing."""
+        shape = seen.met.shape
+        said = (
+            f"`{seen.met.reduction.name}` reduces a tensor of shape {shape}, but the batch has "
+            f"{self.size} samples: its rows cannot be told apart by sample"
+        )
+        if seen.flat and any(length and length % self.size == 0 for length in shape):
+            raise UnsupportedError(f"{said}, since all of it is constant at the first step.")
+        return said
 
     def _check_affine(self) -> None:
         """The loss must be what it is at w = 1, plus each sample's share of the change in w."""
@@ -230,20 +269,21 @@ class _Probe:
             value = self.program.run(self.loss.micro, self.loss.random)
         return {} if value is None else self._differentiated(value)
 
-    def _scout(self, hand_written: bool, others: Any = None) -> list[_Seen]:
-        scout = ReductionScout(hand_written=hand_written)
+    def _scout(self, hand_written: str, others: Any = None) -> tuple[list[_Seen], list[str]]:
+        """Every reduction with its gradient, and the functions that reduce in other ways."""
+        scout = ReductionScout(hand_written)
         with self._instead(others), torch.enable_grad(), scout:
             self.program.run(self.loss.micro, self.loss.random)
         inputs = [self.program.parameters[name] for name in self.program.trainable]
         found = []
-        for reduction in scout.found:
+        for met in scout.found:
             gradient = None
-            if reduction.value.requires_grad:
+            if met.value.requires_grad:
                 gradient = torch.autograd.grad(
-                    reduction.value, inputs, retain_graph=True, materialize_grads=True
+                    met.value.sum(), inputs, retain_graph=True, materialize_grads=True
                 )
-            found.append(_Seen(replace(reduction, value=reduction.value.detach()), gradient))
-        return found
+            found.append(_Seen(met, gradient))
+        return found, list(scout.scalars)
 
     def _weighted(self, weights: Tensor, params: Params | None = None) -> Tensor:
         # Not `around` w = 1: at w = 0 the samples' part is to be zero, not a rounding error.

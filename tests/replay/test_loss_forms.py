@@ -209,7 +209,15 @@ class Flattened(Classifier):
         return F.cross_entropy(torch.cat([logits, 2 * logits]), torch.cat([target, target]))
 
 
-@pytest.mark.parametrize("module_class", [Contrastive, BatchNormalised, Flattened])
+class Ragged(Classifier):
+    """As many rows as samples are known: rows cannot be counted off by sample."""
+
+    def loss(self, logits: Tensor, target: Tensor) -> Tensor:
+        logits, target = logits.repeat(2, 1), target.repeat(2)
+        return F.cross_entropy(logits[target != 1], target[target != 1])
+
+
+@pytest.mark.parametrize("module_class", [Contrastive, BatchNormalised, Ragged])
 def test_losses_that_are_no_sum_over_samples_are_refused(
     tmp_path: Path, module_class: type[Classifier]
 ) -> None:

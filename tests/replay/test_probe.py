@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -12,37 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from lightning_accie import AccSgdIE, InfluenceEngine, LeaveOneOut, SgdIE, UnsupportedError
-from tests.problems import Classifier, record, regression, sgd
-from tests.truth import recorded_batches
+from lightning_accie import AccSgdIE, LeaveOneOut, SgdIE, UnsupportedError
+from tests.problems import Classifier, record, regression
+from tests.replay.tasks import Task, drops_its_own_term_alone
 
 VALIDATION = regression(11, outputs=3, seed=1)
-
-
-class Task(Classifier):
-    """A loss that is told as each sample's own term and the rest; trained on what a user writes."""
-
-    def __init__(self, net: nn.Module, **settings: Any) -> None:
-        super().__init__(net, sgd(**settings))
-        self.states: list[Tensor] = []
-
-    def written(self, x: Tensor, y: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def own(self, x: Tensor, y: Tensor) -> Tensor:
-        """``[B]``: the sum is the loss, up to the rest."""
-        raise NotImplementedError
-
-    def rest(self) -> Tensor | float:
-        return 0.0
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        self.states.append(torch.get_rng_state())
-        return self.written(*batch)
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        x, y = batch
-        self.log("val_loss", F.mse_loss(self.net(x), y))
 
 
 def squares(task: Classifier, x: Tensor, y: Tensor) -> Tensor:
@@ -188,43 +161,12 @@ def made(case: str) -> tuple[Task, TensorDataset, int, dict[str, Any]]:
     return task, regression(count, outputs=3), batch_size, given
 
 
-def retrained(start: Task, engine: InfluenceEngine, data: TensorDataset, without: int) -> Task:
-    """Plain torch training on the sum of the samples' own terms, with the recorded noise."""
-    task = copy.deepcopy(start).train()
-    x, y = data.tensors
-    optimizer = torch.optim.SGD(task.net.parameters(), lr=0.1, momentum=0.5)
-    recorded = zip(recorded_batches(engine.trajectory), engine.module.states, strict=True)
-    for (index,), state in recorded:
-        torch.set_rng_state(state)
-        kept = torch.tensor([i != without for i in index])
-        optimizer.zero_grad()
-        ((task.own(x[index], y[index]) * kept).sum() + task.rest()).backward()
-        optimizer.step()
-    return task
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_leaving_one_out_drops_its_own_term_alone(tmp_path: Path, case: str) -> None:
     task, data, batch_size, given = made(case)
-    start = copy.deepcopy(task)
-    engine = record(tmp_path, task, data, VALIDATION, batch_size=batch_size, callback=given)
-    in_last_batch = recorded_batches(engine.trajectory)[-1][0][0]
-    chosen = sorted({0, 3, in_last_batch})
-    replay = engine.replay("val_loss")
-    found = LeaveOneOut(chosen).estimate(replay)
-
-    def query(without: int) -> float:
-        trained = retrained(start, engine, data, without)
-        for name, buffer in trained.named_buffers():  # the recorded statistics stay
-            buffer.copy_(replay.final.buffers[name])
-        with torch.no_grad():
-            x, y = VALIDATION.tensors
-            return F.mse_loss(trained.eval().net(x), y).item()
-
-    whole = query(-1)
-    assert replay.query.value(replay.final.state.params) == pytest.approx(whole, rel=1e-10)
-    for j, influence in zip(chosen, found.influence.tolist(), strict=True):
-        assert influence == pytest.approx(query(j) - whole, rel=1e-7, abs=1e-12)
+    drops_its_own_term_alone(
+        tmp_path, task, data, VALIDATION, batch_size=batch_size, callback=given
+    )
 
 
 @pytest.mark.parametrize("kind", [Penalised, PenalisedByLoss])
