@@ -11,6 +11,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_accie._compat import CallbackBase
 from lightning_accie.arguments import check_arguments
+from lightning_accie.capture import resume
+from lightning_accie.capture.directory import choose
 from lightning_accie.capture.indices import IndexRecorder
 from lightning_accie.capture.recorder import Recorder, describe
 from lightning_accie.capture.self_check import FirstStep, QueryCheck, check_first_step
@@ -144,6 +146,9 @@ class InfluenceCallback(CallbackBase):
         self._combined: Any = None
         self._temporary: Path | None = None
         self._complete = False
+        self._resumed_from: resume.Bookmark | None = None
+        self._identity = ""
+        self._lacking = ""
 
     @property
     def state_key(self) -> str:
@@ -164,8 +169,32 @@ class InfluenceCallback(CallbackBase):
             return
         self.scores, self.directory, self._complete = None, None, False
         self._recorder, self._writer, self._first = None, None, None
+        self._resumed_from, self._identity, self._lacking = None, "", ""
         check_trainer(trainer, self)
         self._indices.attach(trainer)
+
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Find the bookmark of the run that is resumed; this comes after ``setup``."""
+        states = checkpoint.get("callbacks", {})
+        found = resume.find_bookmark(states, self.state_key, self._monitor_name)
+        self._resumed_from = found or self._resumed_from
+
+    def state_dict(self) -> dict[str, Any]:
+        """A bookmark, for a `fit` that is resumed from the checkpoint about to be saved.
+
+        Returns:
+            Texts and integers; nothing before the first step.
+        """
+        if self._recorder is None or not self._identity:
+            return self._resumed_from.to_state() if self._resumed_from else {}
+        self._recorder.settle()
+        if self._writer is not None and not self._complete:
+            try:
+                self._writer.flush()  # the log reaches every checkpoint that names it
+            except TrajectoryError as error:
+                self._stop_recording(error)
+        place = self._identity, str(self.directory and (self.directory / "trajectory").absolute())
+        return resume.bookmark(place, self._monitor_name, self._recorder, self._lacking).to_state()
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Refuse modules and optimisers that cannot be replayed."""
@@ -174,11 +203,6 @@ class InfluenceCallback(CallbackBase):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Start recording."""
         self._indices.on_train_start(trainer)
-        if trainer.global_step > 0:
-            rank_zero_warn(
-                f"InfluenceCallback starts recording at step {trainer.global_step} of a resumed "
-                "run: influence will be that of the steps from here on."
-            )
         self._combined = trainer.fit_loop._combined_loader
         self._recorder = Recorder(
             trainer,
@@ -192,18 +216,34 @@ class InfluenceCallback(CallbackBase):
     def _begin(self, trainer: Any, pl_module: Any) -> None:
         """Open the trajectory with the state as the first ``training_step`` finds it."""
         assert self._recorder is not None
-        self.directory = self._resolve_directory(trainer)
         header = describe(trainer, pl_module, self._indices.sources, self._monitor_name)
-        initial = self._recorder.initial()
+        header |= {"id": resume.new_identity(), "resumed": []}
+        initial, start = self._recorder.initial(), trainer.global_step
+        late = start > 0 or self._resumed_from is not None
+        going_on = late and resume.go_on(
+            self._resumed_from, header, initial, trainer.world_size, start
+        )
+        after = going_on.after if going_on else None
+        if going_on:
+            header |= {"resumed": going_on.resumed}
+            self._recorder.steps = going_on.after.steps
+        self.directory = self._choose_directory(trainer, begins_late=late and not going_on)
         self._writer = TrajectoryWriter(
             self.directory / "trajectory",
             header,
             disk_budget=self._disk_budget,
             overwrite=self.overwrite,
+            after=after,
         )
-        self._writer.checkpoint(initial)
-        self._first = FirstStepWatch(header, initial)
+        self._identity = header["id"]
+        self._writer.checkpoint(self._recorder.take(after.steps) if after else initial)
+        self._first = FirstStepWatch({**header, "resumed": []}, initial)
         self._recorder.sink = GuardedSink(self._writer, self._first, self._stop_recording)
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        """From here until it has stepped, the weights may be those of no step."""
+        if self._recorder is not None:
+            self._recorder.stepping = True
 
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
@@ -312,32 +352,18 @@ class InfluenceCallback(CallbackBase):
         if self._writer is not None:
             self._writer.close("stopped", str(error))
             self._writer = None
+        self._lacking = "The recording had stopped before the checkpoint was saved."
         rank_zero_warn(
             f"InfluenceCallback stopped recording, training goes on: {error} The steps recorded "
             f"until here stay in {self.directory}; no ranking will be made at the end of `fit`."
         )
 
-    def _resolve_directory(self, trainer: Any) -> Path:
-        if self.dirpath is not None:
-            return self.dirpath
-        if trainer.fast_dev_run:
+    def _choose_directory(self, trainer: Any, *, begins_late: bool) -> Path:
+        if self.dirpath is None and trainer.fast_dev_run:
             self._temporary = Path(tempfile.mkdtemp(prefix="influence-"))
             return self._temporary / "influence"
-        root = Path(trainer.log_dir or trainer.default_root_dir)
-        number = 0
-        while True:
-            directory = root / (f"influence-{number}" if number else "influence")
-            try:
-                directory.mkdir(parents=True)
-            except FileExistsError:
-                number += 1
-            except OSError as error:
-                raise TrajectoryError(
-                    f"The directory {directory} for the recording cannot be made: {error}. Choose "
-                    "another one with `dirpath=`."
-                ) from error
-            else:
-                return directory
+        # A run that goes on unattended must not fail for what it cannot go on with.
+        return choose(trainer, self.dirpath, beside=begins_late and not self.overwrite)
 
     # ------------------------------------------------------------------ analysis
 

@@ -70,15 +70,18 @@ class DrawWatch:
         Returns:
             The verdict on it, if it was watched closely; else it stays open.
         """
-        return self.settle() if self._closely else None
+        return self.settle(right_after=True) if self._closely else None
 
-    def settle(self) -> Verdict | None:
-        """Judge the call that is still open, right after it.
+    def settle(self, *, right_after: bool) -> Verdict | None:
+        """Judge the call that is still open.
+
+        Args:
+            right_after: whether nothing else can have drawn since it ended.
 
         Returns:
             The verdict; None if none is open.
         """
-        return None if self._before is None else self._judge(self._read(), right_after=True)
+        return None if self._before is None else self._judge(self._read(), right_after=right_after)
 
     def _read(self) -> dict[str, Tensor]:
         self._reads += 1

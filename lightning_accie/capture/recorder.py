@@ -128,6 +128,8 @@ class Recorder:
         self._hook: RemovableHandle | None = None
         self._original: Any = None
         self.steps = 0
+        self.stepping = False
+        """Whether the optimiser is about to step and has not been seen to have stepped."""
         self.sink: Sink | None = None
         self.on_first_call: Callable[[], None] = lambda: None
 
@@ -163,13 +165,16 @@ class Recorder:
         self._pieces = self._claim()
         self._batch_idx = batch_idx
 
-    def initial(self) -> Checkpoint:
-        """Copy s_0.
+    def initial(self, *, copy: bool = True) -> Checkpoint:
+        """Take the state as one to begin with: frozen parameters are part of it.
+
+        Args:
+            copy: whether the tensors are copies rather than the live ones.
 
         Returns:
-            The checkpoint.
+            The checkpoint, of step 0.
         """
-        return self.take(0, copy=True)
+        return self.take(0, copy=copy)
 
     def take(self, step: int, *, copy: bool = False) -> Checkpoint:
         """Take the full state now.
@@ -211,10 +216,22 @@ class Recorder:
 
     def settle(self) -> None:
         """Complete the record of the last step, if it is still open."""
-        self._close(self._draws.settle())
+        # Other code may have drawn since, so what the generators are at now is not the call's doing.
+        self._close(self._draws.settle(right_after=False))
+
+    @property
+    def processes(self) -> int:
+        """How many take part in the run."""
+        return int(self._trainer.world_size)
+
+    @property
+    def mid_window(self) -> bool:
+        """Whether micro-batches have run whose step has not."""
+        return bool(self._pending) or self._open is not None
 
     def _stepped(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         """The optimiser has stepped; read the settings before any scheduler moves them."""
+        self.stepping = False
         if not self._enabled() or self.sink is None:
             return
         settings = tuple(_settings(group) for group in optimizer.param_groups)
@@ -222,7 +239,7 @@ class Recorder:
             self._settings = settings
         self._due = True
         if self.sink.wants_checkpoint(self.steps + 1):
-            self.settle()
+            self._close(self._draws.settle(right_after=True))
         if self._due and self._open is None:
             self._emit()
         if self.sink.wants_checkpoint(self.steps):

@@ -53,7 +53,8 @@ class TrainingProgram:
         self.batches = batches
         self.live = live
         self.device = device or torch.device("cpu")
-        self.trainer = StandInTrainer(header["trainer"], live)
+        earlier = [(e["global_step"], e["trainer"]) for e in header.get("resumed", ())]
+        self.trainer = StandInTrainer(header["trainer"], live, earlier)
         self.module = neutral_copy(module, self.trainer).to(self.device)
         self.sample_losses = sample_losses
         self.form = LossForm.from_json(header["loss_form"]) if "loss_form" in header else LossForm()

@@ -7,7 +7,7 @@ recorded epoch and step.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,9 +33,19 @@ class StandInTrainer:
 
     Epoch and step are the recorded ones; everything else is the live trainer's where there is one,
     or one of the facts that the trajectory recorded.
+
+    Args:
+        facts: what was recorded of the Trainer.
+        live: the Trainer, where there is one.
+        earlier: for a run that was resumed, the facts that held before a global step; in order.
     """
 
-    def __init__(self, facts: Mapping[str, Any], live: Any = None) -> None:
+    def __init__(
+        self,
+        facts: Mapping[str, Any],
+        live: Any = None,
+        earlier: Sequence[tuple[int, Mapping[str, Any]]] = (),
+    ) -> None:
         self.current_epoch = 0
         self.global_step = 0
         self.logger = _Silent()
@@ -45,10 +55,14 @@ class StandInTrainer:
         self.sanity_checking = False
         self._facts = facts
         self._live = live
+        self._earlier = earlier
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
+        for until, facts in self._earlier:
+            if self.global_step < until and name in facts:
+                return facts[name]
         if self._live is not None:
             return getattr(self._live, name)
         if name in self._facts:

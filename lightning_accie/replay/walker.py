@@ -134,6 +134,11 @@ class Walker:
         self._tape_bytes = 0
         self._bytes: int | None = None
         self._checkpoints = frozenset(trajectory.checkpoint_steps)
+        resumed = header.get("resumed", ())
+        self._new_buffers: dict[int, Mapping[str, Tensor] | None] = {
+            e["step"]: None for e in resumed if e["buffers"]
+        }
+        """Steps before which the run was resumed with other buffers than it had left; see there."""
         self._held: Mapping[str, Tensor] | None = None
         self._versions: tuple[int, ...] = ()
 
@@ -295,7 +300,7 @@ class Walker:
         if loss.micro.loss is None:
             return self._run(step, loss)
         loss.tape = Tape.of(loss, self.program.trainable)
-        self._check_loss(step, loss.micro, loss.tape.value * loss.micro.accumulate)
+        self._check_loss(step, loss.micro, _returned(loss.tape.value, loss.micro))
         return loss.tape.detached()
 
     def _keeps_tapes(self) -> bool:
@@ -327,7 +332,7 @@ class Walker:
             self._tape_bytes += saved_bytes(partial(Tape.of, loss, self.program.trainable))
             taped = Tape.of(loss, self.program.trainable)
             recorded = loss.micro.loss
-            if float(taped.value) * loss.micro.accumulate != recorded or plain is None:
+            if float(_returned(taped.value, loss.micro)) != recorded or plain is None:
                 return False
             pairs = ((plain.get(name), taped.grads.get(name)) for name in self.program.trainable)
             if any(a is None or b is None or not torch.equal(a, b) for a, b in pairs):
@@ -417,6 +422,8 @@ class Walker:
 
     def _check_state(self, snapshot: Snapshot) -> Snapshot:
         """Compare with the checkpoint of this step, where there is one, and go on from it."""
+        if snapshot.step in self._new_buffers:
+            snapshot = replace(snapshot, buffers=self._resumed_buffers(snapshot.step))
         if snapshot.step not in self._checkpoints or snapshot.step in self.fidelity.seen:
             return snapshot
         self.fidelity.seen.add(snapshot.step)
@@ -440,6 +447,20 @@ class Walker:
             self.fidelity.largest_state_difference = worst
         return snapshot if self.fidelity.bit_exact else replace(snapshot, state=recorded.state)
 
+    def _resumed_buffers(self, step: int) -> Mapping[str, Tensor]:
+        """The buffers with which the run was resumed.
+
+        A checkpoint of Lightning's that was saved in the middle of an accumulation window has the
+        running statistics of micro-batches whose gradient was lost, and which are no part of the run.
+
+        Returns:
+            The buffers by name.
+        """
+        known = self._new_buffers[step]
+        if known is None:
+            known = self._new_buffers[step] = self._load(step).buffers
+        return known
+
     def _mismatch(self, step: Step, micro: MicroBatch, what: str) -> ReplayMismatchError:
         return ReplayMismatchError(
             f"The replay departs from the recorded run at step {step.number} (epoch {micro.epoch}, "
@@ -457,6 +478,20 @@ class Walker:
             names = ", ".join(f"`{hook}`" for hook in hooks)
             text += f" The module overrides {names}, which a replay does not run."
         return text
+
+
+def _returned(share: Tensor, micro: MicroBatch) -> Tensor:
+    """What ``training_step`` returned, from its share in the step's loss.
+
+    Dividing and multiplying by 3 again may round; where the recorded loss has this very share, it is
+    the recorded loss.
+
+    Returns:
+        The loss.
+    """
+    recorded = share.new_tensor(float("nan") if micro.loss is None else micro.loss)
+    same = torch.equal(recorded / micro.accumulate, share)
+    return recorded if same else share * micro.accumulate
 
 
 def _anchors(room: int) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -15,7 +16,7 @@ from lightning_accie.errors import TrajectoryError
 
 MANIFEST = "manifest.json"
 CHECKPOINTS = "checkpoints"
-CHUNK_NAME = re.compile(r"steps-[0-9]{6,}\.safetensors")
+CHUNK_NAME = re.compile(r"steps-([0-9]{6,})\.safetensors")
 CHECKPOINT_NAME = re.compile(rf"{CHECKPOINTS}/step-[0-9]{{9,}}\.safetensors")
 _TEMPORARY = ".tmp"
 
@@ -159,6 +160,58 @@ def prepare(directory: Path, *, overwrite: bool) -> None:
     for name in sorted(present, key=lambda name: name != MANIFEST):
         remove(directory, name)
     (directory / CHECKPOINTS).mkdir(exist_ok=True)
+
+
+def adopt(source: Path, target: Path, names: Iterable[str]) -> None:
+    """Give a trajectory files of another one, which stays as it is.
+
+    Args:
+        source: the other trajectory's directory.
+        target: the trajectory's directory, without files of these names.
+        names: of the files.
+
+    Raises:
+        OSError: where the file system refuses.
+    """
+    for name in names:
+        try:
+            os.link(source / name, target / name)
+        except OSError:  # another file system, or one without hard links
+            write(target, name, (source / name).read_bytes())
+    _sync_directory(target)
+    _sync_directory(target / CHECKPOINTS)
+
+
+def used_chunks(directory: Path, named: Iterable[str]) -> list[int]:
+    """The numbers that chunks of the step log have.
+
+    Args:
+        directory: the trajectory's directory, whose files count even if nothing names them.
+        named: names of further chunks.
+
+    Returns:
+        The numbers.
+    """
+    present = [path.name.removesuffix(_TEMPORARY) for path in directory.iterdir()]
+    matches = [CHUNK_NAME.fullmatch(name) for name in (*present, *named)]
+    return [int(match[1]) for match in matches if match is not None]
+
+
+def tidy(directory: Path, named: Iterable[str]) -> None:
+    """Delete what a trajectory's manifest does not name; only files that a trajectory may have.
+
+    Args:
+        directory: the trajectory's directory.
+        named: the files that its manifest names.
+
+    Raises:
+        OSError: where the file system refuses.
+    """
+    kept = {MANIFEST, *named}
+    for path in [*directory.iterdir(), *directory.glob(f"{CHECKPOINTS}/*")]:
+        name = path.relative_to(directory).as_posix()
+        if name not in kept and _is_ours(name.removesuffix(_TEMPORARY)) and not path.is_dir():
+            remove(directory, name)
 
 
 def remove(directory: Path, name: str) -> None:

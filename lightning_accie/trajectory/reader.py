@@ -164,16 +164,22 @@ class Trajectory:
             np.concatenate([empty, *[counts for _, _, counts in merged]]),
         )
 
-    def verify(self) -> None:
+    def verify(self, steps: int | None = None) -> None:
         """Read every file and compare it with its recorded checksum.
+
+        Args:
+            steps: look only at the files that the first so many steps need.
 
         Raises:
             TrajectoryError: for the first file that is missing or damaged.
         """
-        for at in range(len(self._stored)):
-            self._read_chunk(at)
+        steps = len(self) if steps is None else steps
+        for at, chunk in enumerate(self._stored):
+            if chunk.first < steps:
+                self._read_chunk(at)
         for stored in self._checkpoints.values():
-            self._decoded_checkpoint(stored)
+            if stored.step <= steps:
+                self._decoded_checkpoint(stored)
 
     def _chunk(self, at: int) -> Chunk:
         if at in self._chunks:

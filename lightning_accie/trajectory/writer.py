@@ -19,6 +19,7 @@ from lightning_accie.trajectory.files import (
     chunk_name,
     prepare,
     remove,
+    tidy,
     write,
 )
 from lightning_accie.trajectory.manifest import (
@@ -30,6 +31,7 @@ from lightning_accie.trajectory.manifest import (
 )
 from lightning_accie.trajectory.records import Checkpoint, Step
 from lightning_accie.trajectory.sizes import format_bytes
+from lightning_accie.trajectory.splice import After, splice
 from lightning_accie.trajectory.tensors import dump
 
 _LONGEST_INTERVAL = 60.0
@@ -55,6 +57,8 @@ class TrajectoryWriter:
         flush_steps: see above.
         flush_seconds: see above.
         overwrite: whether to delete a trajectory that is there.
+        after: go on with an earlier trajectory, which may be in the same directory: its first steps
+            and their checkpoints become this one's; in another directory it stays as it is.
 
     Raises:
         TrajectoryError: where the directory holds something already, or cannot be written.
@@ -83,6 +87,7 @@ class TrajectoryWriter:
         flush_steps: int = 512,
         flush_seconds: float = 5.0,
         overwrite: bool = False,
+        after: After | None = None,
     ) -> None:
         self.directory = Path(directory).absolute()
         self._disk_budget = disk_budget
@@ -93,12 +98,24 @@ class TrajectoryWriter:
         self._appended = 0
         self._chunks_begun = 0
         self._largest_checkpoint = 0
+        self._pinned: frozenset[int] = frozenset()
         self._failure = ""
         self._closed = False
         self._started = time.monotonic()
         with self._writing():
-            prepare(self.directory, overwrite=overwrite)
-            self._commit(self._manifest)
+            if after is None:
+                prepare(self.directory, overwrite=overwrite)
+                self._commit(self._manifest)
+            else:
+                self._take_up(after, overwrite=overwrite)
+
+    def _take_up(self, after: After, *, overwrite: bool) -> None:
+        kept, self._chunks_begun = splice(after, self.directory, overwrite=overwrite)
+        self._appended = after.steps
+        self._pinned = after.pinned
+        self._largest_checkpoint = max((stored.bytes for stored in kept.checkpoints), default=0)
+        self._commit(replace(kept, header=self._manifest.header))
+        tidy(self.directory, [stored.file for stored in (*kept.chunks, *kept.checkpoints)])
 
     def update_header(self, values: Mapping[str, Any]) -> None:
         """Add to the header what was found out since; written with the next flush.
@@ -138,7 +155,7 @@ class TrajectoryWriter:
         """
         if not self._manifest.checkpoints:
             return is_candidate(step)
-        return is_kept(step, self._room(self._largest_checkpoint) - 1)
+        return is_kept(step, max(1, self._room(self._largest_checkpoint) - 1))
 
     def checkpoint(self, checkpoint: Checkpoint) -> None:
         """Keep a full state, and delete those that the schedule no longer keeps.
@@ -253,7 +270,7 @@ class TrajectoryWriter:
         # have no slots yet then, and all later states are larger.
         stored = self._manifest.checkpoints
         first = stored[0].bytes if stored else size
-        return 1 + (self._disk_budget - first) // size
+        return 1 + (self._disk_budget - first) // size - len(self._pinned)
 
     def _kept_besides(self, step: int, size: int) -> frozenset[int]:
         largest = max(self._largest_checkpoint, size)
@@ -261,13 +278,15 @@ class TrajectoryWriter:
         if room < 2:
             stored = self._manifest.checkpoints
             needed = largest + (stored[0].bytes if stored else largest)
+            needed += largest * len(self._pinned)
+            resumed = f", and those of {len(self._pinned)} resumptions," if self._pinned else ""
             raise TrajectoryError(
-                f"The initial and the last state of the run take {needed} bytes "
+                f"The initial and the last state of the run{resumed} take {needed} bytes "
                 f"({format_bytes(needed)}), but disk_budget is {self._disk_budget} bytes "
                 f"({format_bytes(self._disk_budget)}). Raise disk_budget."
             )
         self._largest_checkpoint = largest
-        return kept(step, room - 1)  # one place is for the last state
+        return self._pinned | kept(step, room - 1)  # one place is for the last state
 
     def _replace_checkpoints(self, keep: frozenset[int], new: StoredCheckpoint) -> None:
         old = self._manifest.checkpoints

@@ -20,6 +20,7 @@ import torch
 from lightning_accie.errors import TrajectoryError
 from lightning_accie.trajectory import checkpoints
 from lightning_accie.trajectory.records import Checkpoint, MicroBatch, Piece, Step
+from lightning_accie.trajectory.splice import After
 from lightning_accie.trajectory.writer import TrajectoryWriter
 
 DELAYS = (0.0, 0.003, 0.01, 0.02, 0.05, 0.08, 0.13, 0.3)
@@ -42,6 +43,16 @@ def write(directory: Path, steps: int) -> None:
     for t in range(steps):
         if writer.wants_checkpoint(t):
             writer.checkpoint(make_checkpoint(t))
+        writer.append(make_step(t))
+    writer.checkpoint(make_checkpoint(steps))
+    writer.close()
+
+
+def go_on(directory: Path, at: int, steps: int) -> None:
+    after = After(directory, at, at)
+    writer = TrajectoryWriter(directory, {}, disk_budget=8000, flush_steps=20, after=after)
+    writer.checkpoint(make_checkpoint(at))
+    for t in range(at, steps):
         writer.append(make_step(t))
     writer.checkpoint(make_checkpoint(steps))
     writer.close()
@@ -75,15 +86,20 @@ def kill_any_time(root: Path) -> None:
 def kill_before_every_call(root: Path) -> None:
     """Kill a short run before its first call to the file system, its second, and so on."""
 
-    count_calls_and_kill(root, before=0, steps=70)
+    count_calls_and_kill(root, before=0, then=lambda directory: write(directory, 70))
 
 
 def kill_while_overwriting(root: Path) -> None:
     """The same, where a run of 40 steps is being overwritten by one of 2."""
-    count_calls_and_kill(root, before=40, steps=2)
+    count_calls_and_kill(root, before=40, then=lambda directory: write(directory, 2))
 
 
-def count_calls_and_kill(root: Path, before: int, steps: int) -> None:
+def kill_while_going_on(root: Path) -> None:
+    """The same, where a run of 40 steps is taken up in its place at step 25."""
+    count_calls_and_kill(root, before=40, then=lambda directory: go_on(directory, 25, 30))
+
+
+def count_calls_and_kill(root: Path, before: int, then: Callable[[Path], None]) -> None:
     def run(directory: Path, survived: int) -> None:
         if before:
             write(directory, before)
@@ -95,7 +111,7 @@ def count_calls_and_kill(root: Path, before: int, steps: int) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
 
         sys.addaudithook(hook)
-        write(directory, steps)
+        then(directory)
 
     for survived in itertools.count():
         directory = root / str(survived)
@@ -126,4 +142,5 @@ if __name__ == "__main__":
     kill_any_time(root / "any-time")
     kill_before_every_call(root / "every-call")
     kill_while_overwriting(root / "overwriting")
+    kill_while_going_on(root / "going-on")
     refuse_large_files(root / "small-files")

@@ -86,6 +86,18 @@ def test_killed_while_overwriting(killed: tuple[Path, str], same: Any) -> None:
         assert_a_new_writer_cleans_up(directory)
 
 
+def test_killed_while_going_on_in_place(killed: tuple[Path, str], same: Any) -> None:
+    """There is always a manifest, the old one or a new one, and its files are whole."""
+    root = killed[0] / "going-on"
+    left = what_is_left(root, same)
+    lengths = [None if trajectory is None else len(trajectory) for trajectory in left]
+    assert [length for length, _ in groupby(lengths)] == [40, 25, 30]
+    assert left[-1] is not None
+    assert left[-1].checkpoint_steps == (0, 16, 30)
+    for directory in root.iterdir():
+        assert_a_new_writer_cleans_up(directory)
+
+
 def assert_a_new_writer_cleans_up(directory: Path) -> None:
     TrajectoryWriter(directory, {}, disk_budget=1, overwrite=True).close()
     assert {path.name for path in directory.iterdir()} == {"manifest.json", "checkpoints"}

@@ -1,0 +1,59 @@
+"""Where a `fit` is recorded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lightning_accie.errors import TrajectoryError
+from lightning_accie.trajectory.files import MANIFEST
+
+
+def choose(trainer: Any, dirpath: Path | None, *, beside: bool) -> Path:
+    """Choose where a `fit` is recorded.
+
+    Args:
+        trainer: the Trainer.
+        dirpath: the user's choice, if there is one.
+        beside: whether to go beside a trajectory that is there already.
+
+    Returns:
+        ``dirpath``, or a new directory.
+
+    Raises:
+        TrajectoryError: where no directory can be made.
+    """
+    if dirpath is None:
+        return make_numbered(Path(trainer.log_dir or trainer.default_root_dir), "influence")
+    if beside and (dirpath / "trajectory" / MANIFEST).exists():
+        return make_numbered(dirpath.parent, dirpath.name)
+    return dirpath
+
+
+def make_numbered(root: Path, name: str) -> Path:
+    """Make a directory that was not there, numbered where its name is taken.
+
+    Args:
+        root: where to.
+        name: its name; with ``-1``, ``-2``, … where that is taken.
+
+    Returns:
+        The directory.
+
+    Raises:
+        TrajectoryError: where it cannot be made.
+    """
+    number = 0
+    while True:
+        directory = root / (f"{name}-{number}" if number else name)
+        try:
+            directory.mkdir(parents=True)
+        except FileExistsError:
+            number += 1
+        except OSError as error:
+            raise TrajectoryError(
+                f"The directory {directory} for the recording cannot be made: {error}. Choose "
+                "another one with `dirpath=`."
+            ) from error
+        else:
+            return directory
