@@ -28,6 +28,7 @@ from lightning_accie.replay.module import SampleLosses, TrainingProgram
 from lightning_accie.replay.walker import Snapshot
 from lightning_accie.reports import report_all
 from lightning_accie.scores import InfluenceScores
+from lightning_accie.scores_files import remove_scores
 from lightning_accie.trajectory.sizes import parse_bytes
 from lightning_accie.trajectory.writer import TrajectoryWriter
 
@@ -52,8 +53,8 @@ class InfluenceCallback(CallbackBase):
         run: ``"fit_end"`` to analyse when `fit` ends, or ``"manual"`` to capture only (analyse
             later with `InfluenceEngine`).
         dirpath: where results go; default ``<log_dir>/influence``, numbered where that is taken.
-        overwrite: whether a trajectory that is in ``dirpath`` already is replaced; else it is kept,
-            and `fit` refuses to start.
+        overwrite: whether a trajectory that is in ``dirpath`` already is replaced, and its scores
+            deleted; else it is kept, and `fit` refuses to start.
         disk_budget: bytes that checkpoints may take, as a number or a text such as ``"2GB"``.
         memory_budget: bytes that the analysis may take beyond the module and its data.
         sample_losses: ``callable(module, batch) -> [B] tensor``, for a ``training_step`` whose
@@ -235,6 +236,8 @@ class InfluenceCallback(CallbackBase):
             overwrite=self.overwrite,
             after=after,
         )
+        if self.overwrite:  # the scores of the run that was there are not this one's
+            remove_scores(self.directory)
         self._identity = header["id"]
         self._writer.checkpoint(self._recorder.take(after.steps) if after else initial)
         self._first = FirstStepWatch({**header, "resumed": []}, initial)
@@ -413,7 +416,7 @@ class InfluenceCallback(CallbackBase):
                 "The influence analysis was interrupted: the ranking stands as far as it had come, "
                 "with fewer samples replayed exactly."
             )
-        self.scores.save(directory)
+        self._save(self.scores, directory)
         report_all(
             trainer.loggers,
             self.scores,
@@ -422,3 +425,13 @@ class InfluenceCallback(CallbackBase):
             sample=engine.sample,
             console=self.console,
         )
+
+    def _save(self, scores: InfluenceScores, directory: Path) -> None:
+        try:
+            scores.save(directory)
+        except OSError as error:  # a full disk: the training is done, and the ranking is there
+            rank_zero_warn(
+                f"The scores could not be saved in {directory}: {error}. They are in the "
+                "callback's `scores`: free space and call `scores.save(directory)`, or rank again "
+                "with InfluenceEngine."
+            )

@@ -21,7 +21,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_accie.errors import InfluenceError
-from lightning_accie.trajectory.files import write
+from lightning_accie.trajectory.files import read_regular, write
 from lightning_accie.trajectory.manifest import package_version
 from lightning_accie.trajectory.tensors import dump, load
 
@@ -66,6 +66,23 @@ def write_scores(
     write_table(directory / CSV_FILE, table)
     write(directory, TENSORS_FILE, numbers)
     write(directory, JSON_FILE, text)
+
+
+def remove_scores(directory: Path) -> None:
+    """Delete what `write_scores` wrote, where it is there.
+
+    Args:
+        directory: where it is.
+
+    Raises:
+        OSError: where the file system refuses.
+    """
+    for name in (
+        JSON_FILE,
+        TENSORS_FILE,
+        CSV_FILE,
+    ):  # without the JSON the others count for nothing
+        (directory / name).unlink(missing_ok=True)
 
 
 def csv_text(table: Mapping[str, Sequence[Any]]) -> str:
@@ -118,17 +135,20 @@ def read_scores(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise ScoresError(f"{path} is damaged: {error}. {_DAMAGED}") from error
     path = directory / TENSORS_FILE
     numbers = _read(path)
-    if sha256(numbers).hexdigest() != document["tensors_sha256"]:
+    if sha256(numbers).hexdigest() != document.get("tensors_sha256"):
         raise ScoresError(
             f"{path} is not the file that {JSON_FILE} was written with: it is damaged, or one of "
             f"the two was replaced. {_DAMAGED}"
         )
-    return load(numbers)[0], document["content"]
+    try:
+        return load(numbers)[0], document["content"]
+    except (KeyError, ValueError) as error:  # with a right checksum: nothing of `write_scores`
+        raise ScoresError(f"{path} does not hold scores: {error}.") from error
 
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_regular(path)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ScoresError(
             f"{path} is missing. Give the directory that InfluenceScores.save, or "

@@ -165,4 +165,6 @@ def _states_by_micro(tensors: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]
 
 def _starts(counts: Tensor) -> list[int]:
     # Where each record's part begins, and behind the last one the end of all.
+    if counts.is_floating_point() or bool((counts < 0).any()):
+        raise ValueError("a count in the step log is not one")
     return [0, *accumulate(counts.tolist())]

@@ -5,8 +5,10 @@ Nothing is written but through `write`, and nothing a manifest names is read but
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 from hashlib import sha256
@@ -110,6 +112,23 @@ def read(directory: Path, stored: StoredFile) -> bytes:
     if sha256(content).hexdigest() != stored.sha256:
         raise TrajectoryError(f"{path} is damaged: its checksum is not the recorded one. {DAMAGED}")
     return content
+
+
+def read_regular(path: Path) -> bytes:
+    """Read a file whole, unless it is a pipe or a device, which may have no end.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The content.
+
+    Raises:
+        OSError: where it cannot be read, or is no regular file.
+    """
+    if not stat.S_ISREG(path.stat().st_mode) and not path.is_dir():
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    return path.read_bytes()
 
 
 def check_size(directory: Path, stored: StoredFile) -> None:

@@ -31,6 +31,7 @@ from lightning_accie.trajectory.files import (
     MANIFEST,
     StoredFile,
     checkpoint_name,
+    read_regular,
 )
 
 FORMAT = "lightning_accie trajectory"
@@ -138,7 +139,7 @@ def read_manifest(directory: Path) -> Manifest:
     """
     path = directory / MANIFEST
     try:
-        content = path.read_bytes()
+        content = read_regular(path)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise TrajectoryError(
             f"{directory} holds no trajectory: there is no {MANIFEST}. Give the directory that a "

@@ -77,23 +77,43 @@ class SettingsTable:
         self._form = tensors["settings/form"].numpy().astype(np.int64)
         self._row = np.empty_like(self._form)
         self._forms = [entry["form"] for entry in meta]
-        self._numbers = []
+        self._parts = []
+        if len(self._form) and not 0 <= self._form.min() <= self._form.max() < len(meta):
+            raise ValueError("a step has settings of a form that is not there")
         for index, entry in enumerate(meta):
             steps = np.flatnonzero(self._form == index)
             self._row[steps] = np.arange(len(steps))
             varies = np.array(entry["varies"], dtype=bool)
-            numbers = np.empty((len(steps), len(varies)))
-            numbers[:, varies] = tensors[f"settings/{index}/varying"].numpy()
-            numbers[:, ~varies] = tensors[f"settings/{index}/constant"].numpy()
-            self._numbers.append(numbers)
+            constant = tensors[f"settings/{index}/constant"].numpy()
+            varying = tensors[f"settings/{index}/varying"].numpy()
+            rows, columns = len(steps), int(varies.sum())
+            if constant.shape != (len(varies) - columns,) or varying.shape != (rows, columns):
+                raise ValueError("the settings of the step log do not fit their forms")
+            _check_form(entry["form"], len(varies))
+            self._parts.append((varies, constant, varying))
 
     def __len__(self) -> int:
         return len(self._form)
 
     def __getitem__(self, step: int) -> tuple[GroupSettings, ...]:
         form = self._form[step]
-        numbers = self._numbers[form][self._row[step]]
+        varies, constant, varying = self._parts[form]
+        # Put together a step at a time: all steps at once could be far larger than the file is.
+        numbers = np.empty(len(varies))
+        numbers[varies] = varying[self._row[step]]
+        numbers[~varies] = constant
         return _put_together(self._forms[form], iter(numbers.tolist()))
+
+
+def _check_form(form: Any, count: int) -> None:
+    # Nesting beyond Python's depth, or other than `_take_apart` makes, comes from no writer.
+    numbers = iter([0.0] * count)
+    try:
+        _put_together(form, numbers)
+    except (StopIteration, RecursionError, TypeError, ValueError) as error:
+        raise ValueError(f"the settings' form makes no sense: {error!r}") from error
+    if next(numbers, None) is not None:
+        raise ValueError("the settings' form has fewer numbers than are stored")
 
 
 def _take_apart(value: Any, numbers: list[float]) -> Form:
