@@ -82,5 +82,6 @@ _RULES: dict[str, _Rule] = {
     "describe": (_function, "a callable(sample) -> dict"),
     "loss_column": (_yes_or_no, "True or False"),
     "console": (_yes_or_no, "True or False"),
+    "full_precision": (_yes_or_no, "True or False"),
     "seed": (_whole(0), "an integer of at least 0"),
 }

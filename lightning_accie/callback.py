@@ -65,6 +65,8 @@ class InfluenceCallback(CallbackBase):
         loss_column: whether to add each sample's training loss as the column ``loss``, which finds
             flipped labels better than any influence.
         console: whether to print the ranking when `fit` ends.
+        full_precision: after mixed precision, whether the analysis runs without autocast; see
+            `InfluenceEngine`.
         seed: of the random choice of samples to verify.
 
     Attributes:
@@ -99,6 +101,7 @@ class InfluenceCallback(CallbackBase):
         describe: Describe | None = None,
         loss_column: bool = False,
         console: bool = True,
+        full_precision: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -117,6 +120,7 @@ class InfluenceCallback(CallbackBase):
             describe=describe,
             loss_column=loss_column,
             console=console,
+            full_precision=full_precision,
             seed=seed,
         )
         self._disk_budget = parse_bytes(disk_budget)
@@ -133,6 +137,7 @@ class InfluenceCallback(CallbackBase):
         self.describe = describe
         self.loss_column = loss_column
         self.console = console
+        self.full_precision = full_precision
         self.seed = seed
         self.scores: InfluenceScores | None = None
         self.directory: Path | None = None
@@ -274,6 +279,7 @@ class InfluenceCallback(CallbackBase):
             probe=(resolve_estimator(self.estimator) or SgdIE()).probe,
             check_query=self._query_check(trainer, pl_module),
             device=trainer.strategy.root_device,
+            full_precision=self.full_precision,
         )
         if self._writer is not None:
             self._writer.update_header({"loss_form": form.to_json()})
@@ -396,6 +402,7 @@ class InfluenceCallback(CallbackBase):
             sample_losses=self.sample_losses,
             memory_budget=self._memory_budget,
             progress=progress_like(trainer),
+            full_precision=self.full_precision,
             device=trainer.strategy.root_device,
             live=trainer,
             datamodule=trainer.datamodule,

@@ -47,6 +47,10 @@ class InfluenceEngine:
             such as ``"1GB"``.
         device: where to compute; the CPU by default.
         progress: whether to show progress bars, or where to tell how far long work is.
+        full_precision: after mixed precision, whether estimates, exact replays and the query are
+            computed in the parameters' own precision rather than under the run's autocast. Their
+            rounding is far smaller then, and the influence is that of the run without it. The
+            recorded run itself is replayed as it was. Always so after ``"16-mixed"``.
         live: the Trainer, when called from inside it.
         datamodule: whose transfer hooks apply, where ``data`` is not itself the datamodule.
         val_limits: batches to take from each validation loader.
@@ -72,6 +76,7 @@ class InfluenceEngine:
         memory_budget: int | str = "1GB",
         device: str | torch.device = "cpu",
         progress: bool | Progress = True,
+        full_precision: bool = False,
         live: Any = None,
         datamodule: Any = None,
         val_limits: list[int | float] | None = None,
@@ -100,6 +105,7 @@ class InfluenceEngine:
             datamodule=data if hasattr(data, "train_dataloader") else datamodule,
             sample_losses=sample_losses,
             device=torch.device(device),
+            full_precision=full_precision,
         )
         self._cuda = self._program.device if self._program.device.type == "cuda" else None
         self._walker = Walker(trajectory, self._program, memory_budget=self.memory_budget // 2)
@@ -323,6 +329,8 @@ class InfluenceEngine:
             "drawn": len(replay.samples),
             "module": header["module"],
             "optimizer": header["optimizer"],
+            "precision": header["precision"],
+            "analysis_precision": self._program.analysis.name,
             "bit_exact_replay": fidelity.bit_exact,
             "largest_loss_difference": fidelity.largest_loss_difference,
             "largest_state_difference": fidelity.largest_state_difference,

@@ -83,6 +83,10 @@ class DrawWatch:
         """
         return None if self._before is None else self._judge(self._read(), right_after=right_after)
 
+    def forget(self) -> None:
+        """The last drawing call leaves the record: the next one must bring its state along."""
+        self.left_behind = None
+
     def _read(self) -> dict[str, Tensor]:
         self._reads += 1
         host = self._host_draws or self._reads <= 2 * _CLOSELY  # the first calls: two reads each

@@ -96,6 +96,8 @@ class Recorder:
 
     A step ends when the optimiser's post-step hook fires. Its record is complete when it is also
     known whether its last batch drew random numbers, which may be at the start of the next one.
+    A step that a `GradScaler` skips, because its gradients overflowed, moves nothing: its batches
+    leave no record.
 
     Args:
         trainer: the Trainer, about to train.
@@ -127,6 +129,7 @@ class Recorder:
         self._settings: tuple[GroupSettings, ...] = ()
         self._hook: RemovableHandle | None = None
         self._original: Any = None
+        self._scale = 1.0
         self.steps = 0
         self.stepping = False
         """Whether the optimiser is about to step and has not been seen to have stepped."""
@@ -192,6 +195,7 @@ class Recorder:
         trainer = self._trainer
         epoch, global_step = trainer.current_epoch, trainer.global_step
         self._close(self._draws.begin())
+        self._drop_skipped()
         output = self._original(*args, **kwargs)
         self._open = partial(
             MicroBatch,
@@ -218,6 +222,16 @@ class Recorder:
         """Complete the record of the last step, if it is still open."""
         # Other code may have drawn since, so what the generators are at now is not the call's doing.
         self._close(self._draws.settle(right_after=False))
+        self._drop_skipped()
+
+    def _drop_skipped(self) -> None:
+        """Forget the batches of a step that is over without the optimiser having moved anything."""
+        if not self._pending or self._pending[-1].global_step == self._trainer.global_step:
+            return
+        if any(micro.draws for micro in self._pending):
+            self._draws.forget()
+        self._pending.clear()
+        self.stepping = False
 
     @property
     def processes(self) -> int:
@@ -234,6 +248,11 @@ class Recorder:
         self.stepping = False
         if not self._enabled() or self.sink is None:
             return
+        found_inf = getattr(optimizer, "found_inf", None)  # a fused optimiser skips by itself
+        if found_inf is not None and bool(found_inf):
+            return
+        scaler = getattr(self._trainer.strategy.precision_plugin, "scaler", None)
+        self._scale = 1.0 if scaler is None else float(scaler.get_scale())
         settings = tuple(_settings(group) for group in optimizer.param_groups)
         if settings != self._settings:  # steps with the same settings share one record of them
             self._settings = settings
@@ -247,7 +266,7 @@ class Recorder:
 
     def _emit(self) -> None:
         assert self.sink is not None
-        step = Step(self.steps, tuple(self._pending), self._settings)
+        step = Step(self.steps, tuple(self._pending), self._settings, self._scale)
         self._pending.clear()
         self._due = False
         self.steps += 1

@@ -18,6 +18,7 @@ from lightning_accie.replay.batches import BatchSource
 from lightning_accie.replay.loss_form import LossForm
 from lightning_accie.replay.module import SampleLosses, TrainingProgram
 from lightning_accie.replay.probe import find_loss_form
+from lightning_accie.replay.state import State
 from lightning_accie.replay.walker import Snapshot, Visit, Walker
 from lightning_accie.trajectory.records import Checkpoint, Step
 
@@ -71,6 +72,7 @@ def check_first_step(
     probe: Callable[[Visit], None] | None = None,
     check_query: QueryCheck | None = None,
     device: torch.device | None = None,
+    full_precision: bool = False,
 ) -> LossForm:
     """Replay the first step, compare, and find the per-sample losses.
 
@@ -84,6 +86,7 @@ def check_first_step(
         probe: what the estimator computes at a step (`Estimator.probe`), tried here.
         check_query: tries the query, given the replayed module and the state after the step.
         device: where training runs.
+        full_precision: see `TrainingProgram`.
 
     Returns:
         How the loss splits into per-sample parts.
@@ -103,6 +106,7 @@ def check_first_step(
             datamodule=datamodule,
             sample_losses=sample_losses,
             device=device,
+            full_precision=full_precision,
         )
         walker = Walker(first, program, memory_budget=_CACHE)  # type: ignore[arg-type]
         try:
@@ -115,7 +119,7 @@ def check_first_step(
         if not visit.map.losses:
             return LossForm()
         form = find_loss_form(program, visit.map.losses[0])  # type: ignore[arg-type]
-        _check_movement(visit, first)
+        _check_movement(walker.again(visit), visit, first)
         if probe is not None:
             _check_derivatives(probe, visit)
         if check_query is not None:
@@ -134,17 +138,15 @@ def _check_derivatives(probe: Callable[[Visit], None], visit: Visit) -> None:
         ) from error
 
 
-def _check_movement(visit: Visit, first: FirstStep) -> None:
+def _check_movement(replayed: State, visit: Visit, first: FirstStep) -> None:
     """The gradient of the returned loss must be all that moved the parameters."""
     # Compared with how far they moved, which may be little beside their size.
-    step_map, after = visit.map, first.checkpoint(1).tensors
-    with torch.no_grad():
-        state = step_map.update(visit.state, step_map.plain_gradient())
+    after = first.checkpoint(1).tensors
     moved = missed = 0.0
     for name, before in visit.state.params.items():
         recorded = after[f"params/{name}"].to(before)
         moved += float((recorded - before).double().square().sum())
-        missed += float((recorded - state.params[name]).double().square().sum())
+        missed += float((recorded - replayed.params[name]).double().square().sum())
     if not missed <= _MOVEMENT_TOLERANCE**2 * moved:
         hooks = ", ".join(f"`{hook}`" for hook in first.header["overridden_hooks"])
         raise UnsupportedError(

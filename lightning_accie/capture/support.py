@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from lightning_accie.errors import UnsupportedError
+from lightning_accie.replay.precision import PRECISIONS
 from lightning_accie.replay.update_rules import rule_for
 
-PRECISIONS = ("32-true", "64-true")
 _CALLBACKS = {
     "StochasticWeightAveraging": "changes the weights outside the optimiser's steps",
     "WeightAveraging": "changes the weights outside the optimiser's steps",
@@ -56,9 +56,11 @@ def check_trainer(trainer: Any, callback: Any) -> None:
         )
     precision = str(trainer.precision)
     if precision not in PRECISIONS:
+        sixteen = precision in ("16-true", "bf16-true")
+        reason = " The weights themselves have 16 bits, which round the effect of one sample away."
         raise UnsupportedError(
-            f'`Trainer(precision="{precision}")` cannot be replayed. Use one of '
-            f"{', '.join(PRECISIONS)}."
+            f'`Trainer(precision="{precision}")` cannot be replayed.{reason if sixteen else ""} Use '
+            f"one of {', '.join(PRECISIONS)}."
         )
     for other in trainer.callbacks:
         for base in type(other).__mro__:

@@ -73,12 +73,13 @@ class LeaveOneOut(Estimator):
         parts = list(chunks(replay, samples, copies=_COPIES))
         params = replay.final.state.params
         recorded = replay.query.value(params)
-        noise = torch.finfo(next(iter(params.values())).dtype).eps * abs(recorded)
+        kept: list[Tensor] = []
         total = len(parts) * len(replay.walker)
         done: list[Tensor] = []
 
         def found(samples: Tensor) -> Estimate:
             values = influence[samples]
+            noise = _noise(replay, recorded, kept)
             return Estimate(self.name, samples, values, values.isfinite(), noise=noise)
 
         with replay.progress.task(f"exact replay of {len(samples)} samples", total) as advance:
@@ -88,7 +89,7 @@ class LeaveOneOut(Estimator):
                 except KeyboardInterrupt:
                     raise Interrupted(found(sorted_samples(done))) from None
                 influence[part] = values[:-1] - values[-1]
-                noise = max(noise, abs(float(values[-1]) - recorded))
+                kept.append(values[-1])
                 done.append(part)
         return found(samples)
 
@@ -111,3 +112,28 @@ class LeaveOneOut(Estimator):
             advance(1)
         assert states is not None
         return replay.query.values(states.params)
+
+
+def _noise(replay: Replay, recorded: float, kept: list[Tensor]) -> float:
+    """The rounding error of an exact influence.
+
+    Args:
+        replay: the run.
+        recorded: q(θ_T) of the recorded run.
+        kept: q(θ_T) of the rows that left out nothing, one a chunk.
+
+    Returns:
+        How far those are off, and at least one rounding of q itself.
+    """
+    program = replay.walker.program
+    parameter = next(iter(program.parameters.values()))
+    least = torch.finfo(parameter.dtype).eps * abs(recorded)
+    again = [float(value) for value in kept]
+    # In another precision than training's the rows follow another run, equally far from it all.
+    base = recorded if program.analysis == program.recorded else next(iter(again), recorded)
+    off = max((abs(value - base) for value in again), default=0.0)
+    if off == 0.0 and program.analysis.eps is not None:
+        # Rows one by one repeat the record to the bit, and show nothing: a value is rounded to its
+        # 16 bits by up to half a spacing, on average by 1/√12 of one.
+        off = program.analysis.eps / 12**0.5 * abs(recorded)
+    return max(least, off)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from lightning_accie.replay.batches import BatchSource, versions
 from lightning_accie.replay.loss_form import LossForm
 from lightning_accie.replay.neutral import StandInTrainer, neutral_copy
 from lightning_accie.replay.per_sample import Differentiable, WeightedReduction
+from lightning_accie.replay.precision import Precision
 from lightning_accie.replay.random_state import Restorable
 from lightning_accie.replay.state import Params
 from lightning_accie.replay.tape import Tape
@@ -36,6 +37,13 @@ class TrainingProgram:
         datamodule: whose transfer hooks apply, if it overrides them.
         sample_losses: the user's per-sample losses, or None to find them in ``training_step``.
         device: where to compute.
+        full_precision: whether `weighted` and the query run without the autocast of the recorded
+            run. After float16 they always do: the scale of its loss keeps gradients within its
+            narrow range, and would not do so for second derivatives.
+
+    Attributes:
+        recorded: the precision in which training ran, and in which `run` does.
+        analysis: the precision of everything else.
     """
 
     def __init__(
@@ -48,8 +56,12 @@ class TrainingProgram:
         datamodule: Any = None,
         sample_losses: SampleLosses | None = None,
         device: torch.device | None = None,
+        full_precision: bool = False,
     ) -> None:
         self.header = header
+        self.recorded = Precision(header["precision"])
+        narrow = self.recorded.autocast is torch.float16
+        self.analysis = self.recorded.full if full_precision or narrow else self.recorded
         self.batches = batches
         self.live = live
         self.device = device or torch.device("cpu")
@@ -173,7 +185,7 @@ class TrainingProgram:
         Returns:
             The batch after the precision's conversion and the transfer hooks, on the device.
         """
-        if self.header["precision"] == "64-true":
+        if self.recorded.name == "64-true":
             batch = pytree.tree_map(_to_double, batch)
         return self._hooks(batch, self.device) if self._hooks is not None else batch
 
@@ -187,9 +199,26 @@ class TrainingProgram:
         Returns:
             The returned loss with its graph, or None.
         """
+        return self._evaluate(micro, random, self.recorded)
+
+    def plain(self, micro: MicroBatch, random: Restorable | None) -> Tensor | None:
+        """Run the step in the precision of the analysis, without weights.
+
+        Args:
+            micro: the record.
+            random: the generators' states before it, or None where it draws nothing.
+
+        Returns:
+            The returned loss with its graph, or None.
+        """
+        return self._evaluate(micro, random, self.analysis)
+
+    def _evaluate(
+        self, micro: MicroBatch, random: Restorable | None, precision: Precision
+    ) -> Tensor | None:
         batch = self._prepare(micro, random)
         before = None if self._works_in_place else versions(batch)
-        with self.precision():
+        with precision.context(self.device.type):
             loss = self._training_step(batch, micro)
         self._works_in_place = before is None or versions(batch) != before
         return loss
@@ -227,22 +256,13 @@ class TrainingProgram:
         """
         return random_state.capture(cuda=self._cuda, host=host)
 
-    @contextmanager
-    def precision(self) -> Iterator[None]:
-        """Set up the Trainer's precision.
+    def precision(self) -> AbstractContextManager[None]:
+        """Set up the precision of the analysis.
 
-        Yields:
-            Nothing.
+        Returns:
+            The context to evaluate in; derivatives are taken outside of it, as training does.
         """
-        if self.header["precision"] != "64-true":
-            yield
-            return
-        default = torch.get_default_dtype()
-        torch.set_default_dtype(torch.float64)
-        try:
-            yield
-        finally:
-            torch.set_default_dtype(default)
+        return self.analysis.context(self.device.type)
 
     def weighted(
         self,
@@ -329,6 +349,7 @@ class TrainingProgram:
                     f"of {len(weights)} samples; it must return one loss a sample, shape "
                     f"({len(weights)},)."
                 )
+            losses = losses.to(torch.promote_types(losses.dtype, torch.float32))
             if not self.form.penalty:
                 return torch.dot(losses, weights.to(losses.dtype)) / len(weights)
             if random is not None:  # the second forward pass draws what the first drew

@@ -80,7 +80,7 @@ class Ownership:
     def _elements(self, hand_written: str) -> list[Tensor]:
         scout = ReductionScout(hand_written)
         with torch.enable_grad(), scout:  # a step may differentiate by itself
-            self.program.run(self.loss.micro, self.loss.random)
+            self.program.plain(self.loss.micro, self.loss.random)
         return [met.reduction.elements.detach() for met in scout.found]
 
     def _possible(self, shape: Sequence[int]) -> list[Layout]:

@@ -84,7 +84,6 @@ _LOSSES: dict[Callable[..., Tensor], _Denominator] = {
     ),
 }
 _SIGNATURES = {loss: inspect.signature(loss) for loss in _LOSSES}
-_ATTENTION = {F.scaled_dot_product_attention, F.multi_head_attention_forward}
 _HAND_WRITTEN = {torch.Tensor.mean, torch.mean, torch.Tensor.sum, torch.sum}
 
 
@@ -111,10 +110,47 @@ class Differentiable(TorchFunctionMode):
         """
         if func is F.dropout:
             return _dropout(*args, **(kwargs or {}))
-        if func in _ATTENTION:
-            with sdpa_kernel(SDPBackend.MATH):
-                return func(*args, **(kwargs or {}))
+        if func is F.scaled_dot_product_attention:
+            return _attention(*args, **(kwargs or {}))
+        if func is F.multi_head_attention_forward:
+            return _multi_head_attention(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+
+def _attention(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """`F.scaled_dot_product_attention` by its maths kernel."""
+    device = query.device.type
+    with sdpa_kernel(SDPBackend.MATH):
+        if not torch.is_autocast_enabled(device):
+            return F.scaled_dot_product_attention(query, *args, **kwargs)
+        # Under `torch.func` autocast would reach the operators inside the kernel too, whose
+        # derivatives then meet in two precisions. So cast here what it casts, and leave it out.
+        dtype = torch.get_autocast_dtype(device)
+
+        def cast(value: Any) -> Any:
+            fits = isinstance(value, Tensor) and value.is_floating_point()
+            return value.to(dtype) if fits and value.dtype != torch.float64 else value
+
+        given = [cast(value) for value in (query, *args)]
+        named = {name: cast(value) for name, value in kwargs.items()}
+        with torch.autocast(device, enabled=False):
+            return F.scaled_dot_product_attention(*given, **named)
+
+
+_MULTI_HEAD = inspect.signature(F.multi_head_attention_forward)
+
+
+def _multi_head_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    """`F.multi_head_attention_forward` by the maths kernel, or where that fails, written out."""
+    bound = _MULTI_HEAD.bind(*args, **kwargs)
+    bound.apply_defaults()
+    wanted = bound.arguments["need_weights"]
+    # What is inside cannot be reached, but asked for its weights it is written out in operators.
+    if torch.is_autocast_enabled(bound.arguments["query"].device.type):
+        bound.arguments["need_weights"] = True
+    with sdpa_kernel(SDPBackend.MATH):
+        output, weights = F.multi_head_attention_forward(*bound.args, **bound.kwargs)
+    return output, weights if wanted else None
 
 
 def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
@@ -155,8 +191,8 @@ class Reduction:
         Returns:
             The reduction of w_i times the elements of sample i, over the user's own denominator.
         """
-        weights = weights.to(self.elements.dtype)
-        return self.along(self.elements * layout.spread(weights, self.elements.shape))
+        elements = _wide(self.elements)
+        return self.along(elements * layout.spread(weights.to(elements), elements.shape))
 
 
 @dataclass(frozen=True)
@@ -166,8 +202,13 @@ class _Sum(Reduction):
     denominator: Tensor | float = 1.0
 
     def weighted(self, weights: Tensor, layout: Layout) -> Tensor:
-        per_sample = layout.per_sample(self.elements, len(weights))
+        per_sample = layout.per_sample(_wide(self.elements), len(weights))
         return torch.dot(per_sample, weights.to(per_sample.dtype)) / self.denominator
+
+
+def _wide(elements: Tensor) -> Tensor:
+    """At least 32 bits: a weighted sum in 16 would round the weights away."""
+    return elements.to(torch.promote_types(elements.dtype, torch.float32))
 
 
 class ReductionMode(Differentiable):
@@ -312,7 +353,8 @@ class WeightedReduction(ReductionMode):
             )
         if not self.around:
             return reduction.weighted(weights, layout)
-        return reduction.own() + reduction.weighted(weights - 1.0, layout)
+        own = reduction.own()
+        return own + reduction.weighted(weights - 1.0, layout).to(own.dtype)
 
 
 @dataclass(frozen=True)

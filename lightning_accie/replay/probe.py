@@ -31,8 +31,8 @@ from lightning_accie.replay.ownership import Ownership
 from lightning_accie.replay.per_sample import Met, ReductionScout
 from lightning_accie.replay.state import Params, dot
 
-_TOLERANCE = 1e-4
-_GRADIENT_TOLERANCE = 1e-3
+_AFFINE_TOLERANCE = 1e-3
+"""Of a value against the same sum put together otherwise; the reductions sum in 32 bits at least."""
 _MOVE = 1e-2
 """How far parameters are moved, relative to their root mean square (or 1 where that is 0)."""
 
@@ -130,6 +130,7 @@ class _Probe:
         self.loss = loss
         self.size = len(loss.samples)
         self.ownership = Ownership(program, loss)
+        self.tolerances = program.analysis.tolerances
 
     # ------------------------------------------------------------------ the ways to split
 
@@ -156,7 +157,7 @@ class _Probe:
         self.program.form = LossForm(hand_written, excluded, layouts)
         self._check_affine()
         rest = self._rest()
-        if others is not None and not _close(rest, self._rest(others)):
+        if others is not None and not self._close(rest, self._rest(others)):
             raise UnsupportedError(
                 f"a part of the loss depends on the data but on no sample's own term{note}."
             )
@@ -166,10 +167,10 @@ class _Probe:
         """`sample_losses` must give the training loss, up to a part that is no sample's."""
         self.program.form = LossForm(penalty=True)
         whole, rest = _length(self._gradient()), self._rest()
-        if _length(rest) <= _TOLERANCE * whole:
+        if _length(rest) <= self.tolerances.parts * whole:
             return LossForm()
         others = self._others()
-        if others is None or not _close(rest, self._rest(others)):
+        if others is None or not self._close(rest, self._rest(others)):
             raise UnsupportedError(
                 "`sample_losses` does not fit `training_step`: the gradient of their mean differs "
                 f"from that of the returned loss ({_length(rest):.2g} beside {whole:.2g}), and the "
@@ -192,7 +193,7 @@ class _Probe:
             ) from error
         plain = self._gradient()
         difference = {name: found[name] - value for name, value in plain.items()}
-        if not _length(difference) <= _GRADIENT_TOLERANCE * _length(plain):
+        if not _length(difference) <= self.tolerances.gradient * _length(plain):
             raise UnsupportedError(
                 f"The per-sample form of the loss ({program.form}) has another gradient than the "
                 f"loss that `training_step` returns: they differ by {_length(difference):.2g}, "
@@ -255,7 +256,7 @@ class _Probe:
         shares = shares.double().cpu()
         expected = float(whole.detach()) + float((weights - 1.0) @ shares)
         scale = max(abs(float(whole.detach())), float(shares.abs().sum()), 1e-6)
-        if not abs(value - expected) <= 10 * _TOLERANCE * scale:
+        if not abs(value - expected) <= _AFFINE_TOLERANCE * scale:
             raise UnsupportedError("it is not a weighted sum of terms of the samples.")
 
     def _rest(self, others: Any = None) -> Params:
@@ -266,14 +267,14 @@ class _Probe:
     def _gradient(self, others: Any = None) -> Params:
         """The gradient of the loss as `training_step` returns it."""
         with self._instead(others), torch.enable_grad():
-            value = self.program.run(self.loss.micro, self.loss.random)
+            value = self.program.plain(self.loss.micro, self.loss.random)
         return {} if value is None else self._differentiated(value)
 
     def _scout(self, hand_written: str, others: Any = None) -> tuple[list[_Seen], list[str]]:
         """Every reduction with its gradient, and the functions that reduce in other ways."""
         scout = ReductionScout(hand_written)
         with self._instead(others), torch.enable_grad(), scout:
-            self.program.run(self.loss.micro, self.loss.random)
+            self.program.plain(self.loss.micro, self.loss.random)
         inputs = [self.program.parameters[name] for name in self.program.trainable]
         found = []
         for met in scout.found:
@@ -307,9 +308,15 @@ class _Probe:
             if others is None:  # a collate function may drop a batch: the step never sees those
                 continue
             there = self._gradient(others)
-            if math.isfinite(_length(there)) and not _close(here, there):
+            if math.isfinite(_length(there)) and not self._close(here, there):
                 return others
         return None
+
+    def _close(self, left: Params, right: Params) -> bool:
+        """Whether two gradients are the same up to rounding."""
+        difference = {name: value - right[name] for name, value in left.items()}
+        longer = max(_length(left), _length(right))
+        return _length(difference) <= self.tolerances.parts * longer
 
     @contextmanager
     def _instead(self, others: Any) -> Iterator[None]:
@@ -325,9 +332,3 @@ class _Probe:
 
 def _length(gradient: Params) -> float:
     return float(dot(gradient, gradient).sqrt())
-
-
-def _close(left: Params, right: Params) -> bool:
-    """Whether two gradients are the same up to rounding."""
-    difference = {name: value - right[name] for name, value in left.items()}
-    return _length(difference) <= _TOLERANCE * max(_length(left), _length(right))

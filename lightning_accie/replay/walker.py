@@ -21,12 +21,6 @@ from lightning_accie.replay.update_rules import rule_named
 from lightning_accie.trajectory.reader import Trajectory
 from lightning_accie.trajectory.records import MicroBatch, RandomState, Step
 
-LOSS_TOLERANCE = 1e-4
-"""Largest relative difference of a replayed loss, where the replay is not bit-exact."""
-STATE_TOLERANCE = 1e-3
-"""Largest difference of a replayed tensor from a checkpoint, relative to its largest entry."""
-
-
 _LEAST_TAPES = 16
 
 
@@ -255,6 +249,36 @@ class Walker:
             The visit, and the snapshot after it.
         """
         step = self.trajectory.step(snapshot.step)
+        losses, total, random = self._gradient(step, snapshot, keep_tape=keep_tape)
+        update = self._update(step, snapshot)
+        with torch.no_grad():
+            state = update(snapshot.state, total)
+        used = tuple(name for name in self.program.trainable if name in total)
+        counts = {name: n + (name in total) for name, n in snapshot.counts.items()}
+        visit = Visit(
+            StepMap(losses, update, used, self.program.form.penalty, self.product, self.vectorize),
+            snapshot,
+        )
+        following = Snapshot(snapshot.step + 1, state, counts, self._copy_buffers(), random)
+        return visit, self._check_state(following)
+
+    def again(self, visit: Visit) -> State:
+        """Repeat a step as training did it, and compare it with no checkpoint.
+
+        Args:
+            visit: the step.
+
+        Returns:
+            The state after it.
+        """
+        _, total, _ = self._gradient(self.trajectory.step(visit.step), visit.snapshot)
+        with torch.no_grad():
+            return visit.map.update(visit.state, total)
+
+    def _gradient(
+        self, step: Step, snapshot: Snapshot, *, keep_tape: bool = False
+    ) -> tuple[list[RecordedLoss], dict[str, Tensor], RandomState | None]:
+        """The step's losses, their gradient, and the generators' states after them."""
         self.program.bind(snapshot.state.params)
         self._restore_buffers(snapshot.buffers)
         random = snapshot.random
@@ -270,28 +294,17 @@ class Walker:
             if gradient is not None:
                 losses.append(loss)
                 grads.append(gradient)
-        total = self._accumulate(grads)
-        update = self._update(step, snapshot)
-        with torch.no_grad():
-            state = update(snapshot.state, total)
-        used = tuple(name for name in self.program.trainable if name in total)
-        counts = {name: n + (name in total) for name, n in snapshot.counts.items()}
-        visit = Visit(
-            StepMap(losses, update, used, self.program.form.penalty, self.product, self.vectorize),
-            snapshot,
-        )
-        following = Snapshot(snapshot.step + 1, state, counts, self._copy_buffers(), random)
-        return visit, self._check_state(following)
+        return losses, self._accumulate(grads, step.loss_scale), random
 
     def _run(self, step: Step, loss: RecordedLoss) -> Params | None:
-        """The gradient as training computed it; None where there was no loss."""
+        """The gradient as training computed it, times the loss's scale; None without a loss."""
         value = self.program.run(loss.micro, loss.random)
         self._check_loss(step, loss.micro, value)
         if value is None:
             return None
         names = self.program.trainable
         parameters = [self.program.parameters[name] for name in names]
-        value = value / loss.micro.accumulate
+        value = value / loss.micro.accumulate * step.loss_scale
         grads = torch.autograd.grad(value, parameters, allow_unused=True)
         return {name: g for name, g in zip(names, grads, strict=True) if g is not None}
 
@@ -314,7 +327,9 @@ class Walker:
             Whether the forward walk may keep the graphs.
         """
         if self._tapes is None:
-            self._tapes = self.product == "double-backward" and self._tapes_match()
+            as_recorded = self.program.analysis == self.program.recorded
+            double = self.product == "double-backward"
+            self._tapes = as_recorded and double and self._tapes_match()
             each = self._snapshot_bytes() + self._tape_bytes
             if self.memory_budget < _LEAST_TAPES * each:  # better many states than a few tapes
                 self._tapes = False
@@ -339,12 +354,14 @@ class Walker:
                 return False
         return bool(visit.map.losses)
 
-    def _accumulate(self, grads: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    def _accumulate(self, grads: list[dict[str, Tensor]], scale: float) -> dict[str, Tensor]:
         """Add the micro-batches' gradients in order; a parameter that none used has none."""
         have = {
             name: [part[name] for part in grads if name in part] for name in self.program.trainable
         }
-        return {name: sum_of(parts) for name, parts in have.items() if parts}
+        total = {name: sum_of(parts) for name, parts in have.items() if parts}
+        # The scale of the loss goes out by its reciprocal, as `torch.amp.GradScaler` does it.
+        return total if scale == 1.0 else {name: g * (1.0 / scale) for name, g in total.items()}
 
     def _update(self, step: Step, snapshot: Snapshot) -> Update:
         settings = {
@@ -413,7 +430,7 @@ class Walker:
         if replayed == recorded or (math.isnan(replayed) and math.isnan(recorded)):
             return
         difference = abs(replayed - recorded) / max(abs(recorded), 1e-3)
-        if not difference <= LOSS_TOLERANCE:
+        if not difference <= self.program.recorded.tolerances.loss:
             raise self._mismatch(
                 step, micro, f"the recorded loss is {recorded:.9g}, the replayed one {replayed:.9g}"
             )
@@ -438,7 +455,7 @@ class Walker:
                 continue
             scale = stored.abs().max().clamp_min(1e-12)
             difference = float((replayed - stored).abs().max() / scale)
-            if difference > STATE_TOLERANCE:
+            if difference > self.program.recorded.tolerances.state:
                 raise ReplayMismatchError(
                     f"After {snapshot.step} steps the replayed {name} differs from the checkpoint "
                     f"by {difference:.2g} of its largest entry. {self._causes()}"
@@ -474,6 +491,11 @@ class Walker:
             "at random, training_step reads something outside the batch and the module's state, or "
             "something besides the optimiser changed the weights."
         )
+        if self.program.recorded.autocast is not None:
+            text += (
+                f" Or it is the rounding of `{self.program.recorded.name}`, which differs between "
+                "devices and numbers of threads, and adds up: replay where the run was recorded."
+            )
         if hooks:
             names = ", ".join(f"`{hook}`" for hook in hooks)
             text += f" The module overrides {names}, which a replay does not run."

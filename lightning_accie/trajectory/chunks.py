@@ -51,13 +51,18 @@ def encode_chunk(steps: Sequence[Step]) -> bytes:
         **{f"micro/{name}": [getattr(micro, name) for micro in micros] for name in _COUNTERS},
     }
     settings, forms = encode_settings([step.settings for step in steps])
+    scaled = any(step.loss_scale != 1.0 for step in steps)  # few runs are; no column without
+    scales = {
+        "step/loss_scale": torch.tensor([step.loss_scale for step in steps], dtype=torch.float64)
+    }
     tensors = {
         **{name: smallest(values) for name, values in columns.items()},
         **_losses_and_flags(micros),
         **_states(micros),
+        **(scales if scaled else {}),
         **settings,
     }
-    return dump(tensors, {"first": steps[0].number, "settings": forms})
+    return dump(tensors, {"first": steps[0].number, "settings": forms, "scaled": scaled})
 
 
 class Chunk:
@@ -84,12 +89,16 @@ class Chunk:
             self._indices = tensors["indices"].numpy()
             self._fields = {name: tensors[f"micro/{name}"].tolist() for name in _FIELDS}
             self._settings = SettingsTable(tensors, meta["settings"])
+            scaled = meta.get("scaled", False)  # not written by 0.1
+            self._scales = tensors["step/loss_scale"].tolist() if scaled else [1.0] * len(self)
         except (KeyError, TypeError) as error:
             raise ValueError(f"the step log lacks a part: {error!r}") from error
         self._random = _states_by_micro(tensors)
         lengths = {name: len(column) for name, column in self._fields.items()}
-        lengths |= {"pieces": len(self._pieces) - 1, "settings": len(self._settings)}
-        expected = {**dict.fromkeys(lengths, self._micros[-1]), "settings": len(self)}
+        lengths |= {"pieces": len(self._pieces) - 1}
+        expected = dict.fromkeys(lengths, self._micros[-1])
+        lengths |= {"settings": len(self._settings), "scales": len(self._scales)}
+        expected |= {"settings": len(self), "scales": len(self)}
         sizes = (self._pieces[-1], self._drawn[-1])
         if lengths != expected or sizes != (len(self._sources), len(self._indices)):
             raise ValueError("the columns of the step log do not fit each other")
@@ -108,7 +117,8 @@ class Chunk:
         """
         at = number - self.first
         micros = range(self._micros[at], self._micros[at + 1])
-        return Step(number, tuple(map(self._micro, micros)), self._settings[at])
+        batches = tuple(map(self._micro, micros))
+        return Step(number, batches, self._settings[at], self._scales[at])
 
     def visits(self) -> dict[int, tuple[np.ndarray, np.ndarray]]:
         """Count how often each sample was drawn.

@@ -69,11 +69,14 @@ class Step:
         micro_batches: in the order in which they ran.
         settings: the hyper-parameters in force at the step, one mapping per parameter group, in
             the optimiser's group order (without ``params``).
+        loss_scale: what the loss was multiplied by for the backward pass, and the gradient divided
+            by before the step (`torch.amp.GradScaler`); 1 without.
     """
 
     number: int
     micro_batches: tuple[MicroBatch, ...]
     settings: tuple[GroupSettings, ...]
+    loss_scale: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -113,10 +113,11 @@ def test_callbacks_that_change_the_run(tmp_path: Path, other: Callback) -> None:
     refused(tmp_path, module, f"`{type(other).__name__}`", "Remove it", callbacks=[other])
 
 
-@pytest.mark.parametrize("precision", ["bf16-mixed", "16-true", "bf16-true"])
-def test_other_precisions(tmp_path: Path, precision: str) -> None:
+@pytest.mark.parametrize("precision", ["16-true", "bf16-true"])
+def test_weights_in_16_bits(tmp_path: Path, precision: str) -> None:
     module = Classifier(nn.Linear(4, 3), sgd())
-    refused(tmp_path, module, f'precision="{precision}"', "32-true", precision=precision)
+    words = [f'precision="{precision}"', "16 bits", "32-true", "bf16-mixed"]
+    refused(tmp_path, module, *words, precision=precision)
 
 
 def test_several_processes(tmp_path: Path) -> None:

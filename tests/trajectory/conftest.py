@@ -101,7 +101,8 @@ def rich_step() -> Callable[[int], Step]:
     def make(t: int) -> Step:
         rng = np.random.default_rng(t)
         micros = tuple(_micro_batch(rng) for _ in range(int(rng.integers(0, 4))))
-        return Step(t, micros, _settings(rng, t))
+        scale = 1.0 if t % 3 else 2.0 ** int(rng.integers(0, 24))
+        return Step(t, micros, _settings(rng, t), scale)
 
     return make
 
