@@ -12,6 +12,7 @@ from lightning_accie.estimators import ESTIMATORS, Estimator
 from lightning_accie.trajectory.sizes import parse_bytes
 
 RUNS = ("fit_end", "manual")
+ENDS = ("last", "best")
 
 
 def check_arguments(**given: Any) -> None:
@@ -67,6 +68,7 @@ _RULES: dict[str, _Rule] = {
         lambda value: isinstance(value, Estimator) or _one_of("auto", *ESTIMATORS)(value),
         f"one of {', '.join(repr(name) for name in ('auto', *ESTIMATORS))} or an Estimator",
     ),
+    "at": (_one_of(*ENDS), f"one of {', '.join(map(repr, ENDS))}"),
     "top_k": (_whole(1), "an integer of at least 1"),
     "verify": (_whole(0), "an integer of at least 0"),
     "run": (_one_of(*RUNS), f"one of {', '.join(map(repr, RUNS))}"),

@@ -15,6 +15,7 @@ from lightning_accie.capture import resume
 from lightning_accie.capture.directory import choose
 from lightning_accie.capture.indices import IndexRecorder
 from lightning_accie.capture.recorder import Recorder, describe
+from lightning_accie.capture.saved import SavedSteps, check_saver
 from lightning_accie.capture.self_check import FirstStep, QueryCheck, check_first_step
 from lightning_accie.capture.sink import FirstStepWatch, GuardedSink
 from lightning_accie.capture.support import check_module, check_trainer
@@ -47,6 +48,8 @@ class InfluenceCallback(CallbackBase):
         estimator: ``"auto"`` (rank all by SGD-IE, refine the strongest, verify some exactly), an
             estimator's name (``"sgd-ie"``, ``"acc-sgd-ie"``, ``"leave-one-out"``, ``"tracin"``), or
             an instance such as ``AccSgdIE(candidates=500)``.
+        at: where the run ends for the ranking: ``"last"``, after its last step, or ``"best"``, at the
+            best checkpoint of a ModelCheckpoint that has a ``monitor=``.
         top_k: how many harmful and how many helpful samples to report, and to refine.
         verify: how many samples to replay exactly, half of them the strongest and half drawn at
             random; the agreement of estimate and exact replay is reported. 0 for none.
@@ -89,6 +92,7 @@ class InfluenceCallback(CallbackBase):
         monitor: str | QueryFunction = "val_loss",
         *,
         estimator: str | Estimator = "auto",
+        at: str = "last",
         top_k: int = 25,
         verify: int = 20,
         run: str = "fit_end",
@@ -108,6 +112,7 @@ class InfluenceCallback(CallbackBase):
         check_arguments(
             monitor=monitor,
             estimator=estimator,
+            at=at,
             top_k=top_k,
             verify=verify,
             run=run,
@@ -127,6 +132,7 @@ class InfluenceCallback(CallbackBase):
         self._memory_budget = parse_bytes(memory_budget)
         self.monitor = monitor
         self.estimator = estimator
+        self.at = at
         self.top_k = top_k
         self.verify = verify
         self.run = run
@@ -149,6 +155,7 @@ class InfluenceCallback(CallbackBase):
         self._recorder: Recorder | None = None
         self._writer: TrajectoryWriter | None = None
         self._first: FirstStepWatch | None = None
+        self._saved: SavedSteps | None = None
         self._combined: Any = None
         self._temporary: Path | None = None
         self._complete = False
@@ -177,6 +184,8 @@ class InfluenceCallback(CallbackBase):
         self._recorder, self._writer, self._first = None, None, None
         self._resumed_from, self._identity, self._lacking = None, "", ""
         check_trainer(trainer, self)
+        if self.at == "best":
+            check_saver(trainer, self._monitor_name)
         self._indices.attach(trainer)
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
@@ -193,7 +202,7 @@ class InfluenceCallback(CallbackBase):
         """
         if self._recorder is None or not self._identity:
             return self._resumed_from.to_state() if self._resumed_from else {}
-        self._recorder.settle()
+        self._settled_steps()
         if self._writer is not None and not self._complete:
             try:
                 self._writer.flush()  # the log reaches every checkpoint that names it
@@ -218,10 +227,14 @@ class InfluenceCallback(CallbackBase):
         )
         self._recorder.on_first_call = lambda: self._begin(trainer, pl_module)
         self._recorder.attach()
+        self._saved = SavedSteps(
+            trainer, self._monitor_name, self._settled_steps, self._update_header
+        )
 
     def _begin(self, trainer: Any, pl_module: Any) -> None:
         """Open the trajectory with the state as the first ``training_step`` finds it."""
         assert self._recorder is not None
+        assert self._saved is not None
         header = describe(trainer, pl_module, self._indices.sources, self._monitor_name)
         header |= {"id": resume.new_identity(), "resumed": []}
         initial, start = self._recorder.initial(), trainer.global_step
@@ -232,11 +245,12 @@ class InfluenceCallback(CallbackBase):
         after = going_on.after if going_on else None
         if going_on:
             header |= {"resumed": going_on.resumed}
+            self._saved.begin(going_on.after.steps, going_on.saved)
             self._recorder.steps = going_on.after.steps
         self.directory = self._choose_directory(trainer, begins_late=late and not going_on)
         self._writer = TrajectoryWriter(
             self.directory / "trajectory",
-            header,
+            header | self._saved.header(),
             disk_budget=self._disk_budget,
             overwrite=self.overwrite,
             after=after,
@@ -264,6 +278,8 @@ class InfluenceCallback(CallbackBase):
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """After the first optimiser step: replay it, and refuse what does not come out the same."""
+        if self._recorder is not None:
+            self._recorder.stepping = False  # also where a scaler skipped the step
         first = self._first
         if first is None or first.step is None or self._recorder is None:
             return
@@ -281,8 +297,21 @@ class InfluenceCallback(CallbackBase):
             device=trainer.strategy.root_device,
             full_precision=self.full_precision,
         )
-        if self._writer is not None:
-            self._writer.update_header({"loss_form": form.to_json()})
+        self._update_header({"loss_form": form.to_json()}, at_once=False)
+
+    def _settled_steps(self) -> int:
+        """How many steps were taken; the record of the last one is complete then."""
+        assert self._recorder is not None
+        self._recorder.settle()
+        return self._recorder.steps
+
+    def _update_header(self, values: dict[str, Any], *, at_once: bool = True) -> None:
+        if self._writer is None or self._complete:
+            return
+        try:
+            self._writer.update_header(values, at_once=at_once)
+        except TrajectoryError as error:
+            self._stop_recording(error)
 
     def _query_check(self, trainer: Any, pl_module: Any) -> QueryCheck | None:
         """What finds out in the first seconds whether the monitor can be measured at the end."""
@@ -347,6 +376,8 @@ class InfluenceCallback(CallbackBase):
     def _detach(self) -> None:
         if self._recorder is not None:
             self._recorder.detach()
+        if self._saved is not None:
+            self._saved.detach()
         self._indices.detach()
 
     def _clean_up(self) -> None:
@@ -412,6 +443,7 @@ class InfluenceCallback(CallbackBase):
             self.monitor,
             self.estimator,
             query_dataloader=self.query_dataloader,
+            at="last" if trainer.fast_dev_run else self.at,
             verify=self.verify,
             top_k=self.top_k,
             seed=self.seed,

@@ -30,6 +30,8 @@ from lightning_accie.trajectory.reader import Trajectory
 from lightning_accie.trajectory.sizes import parse_bytes
 
 Describe = Callable[[Any], Mapping[str, Any]]
+At = int | str
+"""Where a run ends for a ranking: ``"last"``, ``"best"``, or a number of steps."""
 
 
 class InfluenceEngine:
@@ -167,23 +169,29 @@ class InfluenceEngine:
         return self._program.batches.sample(number)
 
     def replay(
-        self, query: str | QueryFunction | None = None, query_dataloader: Any = None
+        self,
+        query: str | QueryFunction | None = None,
+        query_dataloader: Any = None,
+        *,
+        at: At = "last",
     ) -> Replay:
         """Make the run ready for an estimator: for those who call estimators themselves.
 
         Args:
             query: see `estimate`.
             query_dataloader: see `estimate`.
+            at: see `estimate`.
 
         Returns:
             The run with its query.
         """
+        walker = self._walker_until(self._end(at))
         with random_state.isolated(self._cuda):
-            self._find_losses()
-            final = self._walker.final()
-        samples, visits, first, last = self._drawn()
+            self._find_losses(walker)
+            final = walker.final()
+        samples, visits, first, last = self._drawn(walker.trajectory)
         return Replay(
-            walker=self._walker,
+            walker=walker,
             query=self._query(query, query_dataloader, final.buffers),
             samples=samples,
             visits=visits,
@@ -194,12 +202,39 @@ class InfluenceEngine:
             progress=self._progress,
         )
 
-    def _find_losses(self) -> None:
+    def _end(self, at: At) -> int:
+        """The number of steps after which the query is measured."""
+        steps = len(self.trajectory)
+        if at == "last":
+            return steps
+        if at == "best":
+            best = self.trajectory.header.get("best")
+            if best is None or best["step"] == 0:
+                raise QueryError(
+                    f"The trajectory {self.trajectory.directory} knows no best checkpoint: no "
+                    "ModelCheckpoint with a `monitor=` had saved one when the run ended, or the "
+                    'best one was saved before the recording began. Use `at="last"`, or the number '
+                    "of a step."
+                )
+            return int(best["step"])
+        if isinstance(at, bool) or not isinstance(at, int) or not 1 <= at <= steps:
+            raise ValueError(
+                f'`at` must be "last", "best" or a number of steps from 1 to {steps}, got {at!r}.'
+            )
+        return at
+
+    def _walker_until(self, steps: int) -> Walker:
+        if steps == len(self.trajectory):
+            return self._walker
+        memory = self._walker.memory_budget
+        return Walker(self.trajectory.until(steps), self._program, memory_budget=memory)
+
+    def _find_losses(self, walker: Walker) -> None:
         """Find the samples' own losses anew.
 
         The recording found them too, but perhaps for other `sample_losses`, or it broke off before.
         """
-        for visit in self._walker.forwards():
+        for visit in walker.forwards():
             if visit.map.losses:
                 find_loss_form(self._program, visit.map.losses[0])  # type: ignore[arg-type]
                 return
@@ -210,6 +245,7 @@ class InfluenceEngine:
         estimator: str | Estimator = "auto",
         *,
         query_dataloader: Any = None,
+        at: At = "last",
         verify: int = 20,
         top_k: int = 25,
         seed: int = 0,
@@ -223,6 +259,9 @@ class InfluenceEngine:
                 lower must be better. Default: what the trajectory was recorded for.
             estimator: ``"auto"``, an estimator's name, or an estimator.
             query_dataloader: the batches for the query, where they are not the validation data.
+            at: where the run ends for this ranking: ``"last"``, after its last step; ``"best"``, at
+                the checkpoint that a ModelCheckpoint of the run found best; or after so many steps.
+                What was drawn only later has no influence, and is left out.
             verify: how many samples to replay exactly, half of them the strongest, half at random;
                 0 for none.
             top_k: how many samples on each side ``"auto"`` refines.
@@ -244,7 +283,7 @@ class InfluenceEngine:
             )
         chosen = resolve_estimator(estimator)
         with random_state.isolated(self._cuda), torch.compiler.set_stance("force_eager"):
-            replay = self.replay(query, query_dataloader)
+            replay = self.replay(query, query_dataloader, at=at)
             value = replay.query.value(replay.final.state.params)
             if not np.isfinite(value):
                 raise QueryError(
@@ -252,13 +291,13 @@ class InfluenceEngine:
                     "diverged, or it is computed with a torchmetrics metric, which cannot be "
                     "differentiated."
                 )
-            choose_product(self._walker)
+            choose_product(replay.walker)
             choose_mapping(replay)
             # First of all: an error in the user's function comes at once, and none loses a ranking.
             columns = self._columns(replay, describe, loss_column)
             ranking = Ranking(replay, seed)
             ranking.run(chosen, top_k=top_k, verify=verify)
-        return self._scores(replay, ranking, columns, value, estimator)
+        return self._scores(replay, ranking, columns, value, estimator, at)
 
     def _query(
         self, query: str | QueryFunction | None, dataloader: Any, buffers: Mapping[str, Tensor]
@@ -280,12 +319,12 @@ class InfluenceEngine:
             memory_budget=self.memory_budget // 4,
         )
 
-    def _drawn(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _drawn(self, trajectory: Trajectory) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Every drawn sample's number, visits, and first and last step."""
         numbers = self._program.batches.sample_numbers
         per_step = [
             np.concatenate([numbers(micro) for micro in step.micro_batches] or [np.zeros(0, int)])
-            for step in self.trajectory.steps()
+            for step in trajectory.steps()
         ]
         everything = np.concatenate(per_step)
         steps = np.repeat(np.arange(len(per_step)), [len(part) for part in per_step])
@@ -316,15 +355,18 @@ class InfluenceEngine:
         columns: dict[str, list[Any]],
         value: float,
         estimator: str | Estimator,
+        at: At,
     ) -> InfluenceScores:
-        fidelity = self._walker.fidelity
+        fidelity = replay.walker.fidelity
         header = self.trajectory.header
         info = {
             "query": replay.query.name,
             "query_value": value,
             "estimator": estimator if isinstance(estimator, str) else estimator.name,
             "settings": {} if isinstance(estimator, str) else estimator.settings(),
-            "steps": len(self.trajectory),
+            "at": at,
+            "steps": len(replay.walker),
+            "recorded_steps": len(self.trajectory),
             "samples": sum(loader["samples"] for loader in header["loaders"]),
             "drawn": len(replay.samples),
             "module": header["module"],
@@ -335,8 +377,8 @@ class InfluenceEngine:
             "largest_loss_difference": fidelity.largest_loss_difference,
             "largest_state_difference": fidelity.largest_state_difference,
             "noise_floor": ranking.noise,
-            "hessian_product": self._walker.product,
-            "vectorized": self._walker.vectorize,
+            "hessian_product": replay.walker.product,
+            "vectorized": replay.walker.vectorize,
             "seconds": ranking.seconds,
             "interrupted": ranking.interrupted,
             "trajectory": str(self.trajectory.directory),

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from lightning_accie import InfluenceCallback, InfluenceEngine, Trajectory, TrajectoryError
 from lightning_accie.trajectory import files
 from tests.problems import Classifier, classification, quiet_trainer, record, sgd, smooth_net
+from tests.truth import recorded_batches
 
 
 @pytest.fixture(autouse=True)
@@ -100,6 +101,36 @@ def test_a_full_disk_stops_the_recording_and_not_the_training(
     assert influence.scores is None
     assert influence.directory is not None
     assert len(Trajectory.open(influence.directory / "trajectory")) < 12
+
+
+def test_a_callback_that_stops_leaves_another_one_recording(tmp_path: Path) -> None:
+    """Both watch the same strategy, one on top of the other."""
+    whole = InfluenceCallback(console=False, run="manual")
+    fit(tmp_path / "whole", whole)
+    for stopped in (0, 1):
+        monitors = ("val_loss", loss_of_class_0)
+        pair = [InfluenceCallback(m, console=False, verify=4, top_k=2) for m in monitors]
+
+        class Stops(Callback):
+            def on_train_batch_end(self, trainer: Any, *rest: Any) -> None:
+                if trainer.global_step == 4:
+                    pair[stopped]._stop_recording(TrajectoryError("The disk is full."))  # noqa: B023
+
+        with pytest.warns(UserWarning, match="stopped recording, training goes on"):
+            fit(tmp_path / str(stopped), pair[0], pair[1], Stops())
+        assert pair[stopped].scores is None
+        goes_on = pair[1 - stopped]
+        assert goes_on.scores is not None
+        assert goes_on.scores.info["bit_exact_replay"]
+        assert goes_on.directory is not None
+        assert whole.directory is not None
+        one, other = (Trajectory.open(c.directory / "trajectory") for c in (whole, goes_on))
+        assert recorded_batches(one) == recorded_batches(other)
+
+
+def loss_of_class_0(module: Any, batch: Any) -> torch.Tensor:
+    x, y = batch
+    return (module.net(x)[:, 0].square() * (y == 0)).mean()
 
 
 def test_a_disk_that_is_full_at_the_start_is_an_error(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Mapping
-from functools import partial, wraps
+from functools import partial
 from typing import Any, Protocol
 
 import lightning
@@ -12,6 +12,7 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from lightning_accie.capture.draws import DrawWatch, Verdict
+from lightning_accie.capture.patch import Patch
 from lightning_accie.capture.snapshot import parameter_groups, take
 from lightning_accie.capture.support import overridden_hooks, step_arguments
 from lightning_accie.replay.update_rules import qualified_name
@@ -128,7 +129,7 @@ class Recorder:
         self._pending: list[MicroBatch] = []
         self._settings: tuple[GroupSettings, ...] = ()
         self._hook: RemovableHandle | None = None
-        self._original: Any = None
+        self._patch: Patch | None = None
         self._scale = 1.0
         self.steps = 0
         self.stepping = False
@@ -140,16 +141,7 @@ class Recorder:
 
     def attach(self) -> None:
         """Start watching ``training_step`` and the optimiser."""
-        strategy = self._trainer.strategy
-        self._original = strategy.training_step
-
-        @wraps(self._original)
-        def training_step(*args: Any, **kwargs: Any) -> Any:
-            return (
-                self._watch(*args, **kwargs) if self._enabled() else self._original(*args, **kwargs)
-            )
-
-        strategy.training_step = training_step
+        self._patch = Patch(self._trainer.strategy, "training_step", self._watching)
         self._hook = self._optimizer.register_step_post_hook(self._stepped)
 
     def detach(self) -> None:
@@ -157,9 +149,17 @@ class Recorder:
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
-        if self._original is not None:
-            self._trainer.strategy.__dict__.pop("training_step", None)
-            self._original = None
+        if self._patch is not None:
+            self._patch.undo()
+            self._patch = None
+
+    def _watching(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def training_step(*args: Any, **kwargs: Any) -> Any:
+            if self._enabled():
+                return self._watch(original, *args, **kwargs)
+            return original(*args, **kwargs)
+
+        return training_step
 
     # ------------------------------------------------------------------ events
 
@@ -188,7 +188,7 @@ class Recorder:
         random = self._draws.left_behind
         return take(step, self._module, self._optimizer, self._groups, random, copy=copy)
 
-    def _watch(self, *args: Any, **kwargs: Any) -> Any:
+    def _watch(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run ``training_step`` and record it as a micro-batch."""
         self.on_first_call()
         self.on_first_call = _nothing
@@ -196,7 +196,7 @@ class Recorder:
         epoch, global_step = trainer.current_epoch, trainer.global_step
         self._close(self._draws.begin())
         self._drop_skipped()
-        output = self._original(*args, **kwargs)
+        output = original(*args, **kwargs)
         self._open = partial(
             MicroBatch,
             self._pieces,

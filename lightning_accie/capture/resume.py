@@ -96,10 +96,12 @@ class Continuation:
     Attributes:
         after: what is kept of the earlier one.
         resumed: for the header: every splice so far.
+        saved: the steps of the checkpoints that it saved, by path.
     """
 
     after: After
     resumed: list[dict[str, Any]]
+    saved: dict[str, int]
 
 
 def new_identity() -> str:
@@ -325,7 +327,8 @@ def _continuation(
     resumed = [*earlier, splice]
     pinned = frozenset(entry["step"] for entry in resumed if entry["buffers"])
     last = steps - 1 if other else steps
-    return Continuation(After(trajectory.directory, steps, last, pinned), resumed)
+    saved = {path: step for path, step in header["saved"].items() if step <= steps}
+    return Continuation(After(trajectory.directory, steps, last, pinned), resumed, saved)
 
 
 def _cut(entry: dict[str, Any], steps: int, global_step: int) -> dict[str, Any]:

@@ -26,7 +26,8 @@ def headline(scores: InfluenceScores) -> str:
     info = scores.info
     value = f" = {info['query_value']:.4g}" if "query_value" in info else ""
     steps = f" over {info['steps']} training steps" if "steps" in info else ""
-    return f"Influence of {len(scores)} training samples on {query(scores)}{value}{steps}"
+    best = ", up to the best checkpoint" if info.get("at") == "best" else ""
+    return f"Influence of {len(scores)} training samples on {query(scores)}{value}{steps}{best}"
 
 
 def query(scores: InfluenceScores) -> str:

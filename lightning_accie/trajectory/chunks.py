@@ -120,16 +120,22 @@ class Chunk:
         batches = tuple(map(self._micro, micros))
         return Step(number, batches, self._settings[at], self._scales[at])
 
-    def visits(self) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    def visits(self, stop: int | None = None) -> dict[int, tuple[np.ndarray, np.ndarray]]:
         """Count how often each sample was drawn.
+
+        Args:
+            stop: count only the steps before this one; None for all.
 
         Returns:
             For each source its sorted indices ``[n]`` and their counts ``[n]``, both int64.
         """
-        sources = np.repeat(self._sources, np.diff(self._drawn))
+        steps = len(self) if stop is None else max(0, min(stop - self.first, len(self)))
+        pieces = self._pieces[self._micros[steps]]
+        sources = np.repeat(self._sources[:pieces], np.diff(self._drawn[: pieces + 1]))
+        drawn = self._indices[: self._drawn[pieces]]
         visits = {}
         for source in np.unique(sources).tolist():
-            indices, counts = np.unique(self._indices[sources == source], return_counts=True)
+            indices, counts = np.unique(drawn[sources == source], return_counts=True)
             visits[int(source)] = indices.astype(np.int64), counts.astype(np.int64)
         return visits
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator
+from copy import copy
 from pathlib import Path
 
 import numpy as np
@@ -137,6 +138,25 @@ class Trajectory:
             )
         return self._decoded_checkpoint(stored)
 
+    def until(self, steps: int) -> Trajectory:
+        """Look at the beginning of the run as if it were all of it.
+
+        Args:
+            steps: how many steps, from 0 to ``len(self)``.
+
+        Returns:
+            The trajectory that ends there.
+
+        Raises:
+            ValueError: where there are not so many.
+        """
+        if not 0 <= steps <= len(self):
+            raise ValueError(f"there are no {steps} steps in a trajectory of {len(self)} steps")
+        view = copy(self)
+        view._length = steps
+        view._checkpoints = {t: kept for t, kept in self._checkpoints.items() if t <= steps}
+        return view
+
     def visits(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Count how often each sample was drawn; a sample twice in a batch counts twice.
 
@@ -148,8 +168,8 @@ class Trajectory:
             TrajectoryError: where a file of the step log is missing or damaged.
         """
         parts: dict[int, list[Counts]] = {}
-        for at in range(len(self._stored)):
-            for source, counts in self._chunk(at).visits().items():
+        for at in range(bisect_left(self._firsts, len(self))):
+            for source, counts in self._chunk(at).visits(len(self)).items():
                 known = parts.setdefault(source, [])
                 known.append(counts)
                 # Merging only once the new ones outweigh the old keeps the cost linear.

@@ -117,14 +117,22 @@ class TrajectoryWriter:
         self._commit(replace(kept, header=self._manifest.header))
         tidy(self.directory, [stored.file for stored in (*kept.chunks, *kept.checkpoints)])
 
-    def update_header(self, values: Mapping[str, Any]) -> None:
-        """Add to the header what was found out since; written with the next flush.
+    def update_header(self, values: Mapping[str, Any], *, at_once: bool = False) -> None:
+        """Add to the header what was found out since.
 
         Args:
             values: JSON values by key; they replace those that are there.
+            at_once: whether to write it now, and not only with the next flush.
+
+        Raises:
+            TrajectoryError: where it cannot be written.
         """
         merged = {**self._manifest.header, **json.loads(json.dumps(dict(values)))}
         self._manifest = replace(self._manifest, header=merged)
+        if at_once:
+            self._check_open()
+            with self._writing():
+                self._commit(self._with_buffered_steps())
 
     def append(self, step: Step) -> None:
         """Add a step to the log. It may wait in memory until the next flush: do not change it.
