@@ -415,11 +415,16 @@ class InfluenceCallback(CallbackBase):
         try:
             self._analyse(trainer, pl_module, self.directory)
         except KeyboardInterrupt:  # the training is done: a Ctrl-C here must not undo it
-            rank_zero_warn(
-                "The influence analysis was interrupted before there was a ranking. The recorded "
-                f"run is in {self.directory / 'trajectory'}: rank it later with "
-                "`InfluenceEngine(trajectory, module, data).estimate()`."
-            )
+            why = "the analysis was interrupted."
+        except InfluenceError as error:  # nor must an analysis that cannot be done
+            why = str(error)
+        else:
+            return
+        rank_zero_warn(
+            f"InfluenceCallback made no ranking: {why} Training is complete, and its record is in "
+            f"{self.directory / 'trajectory'}: analyse it with "
+            "`InfluenceEngine(trajectory, module, data).estimate()`."
+        )
 
     def _analyse(self, trainer: Any, pl_module: Any, directory: Path) -> None:
         validation = trainer.fit_loop.epoch_loop.val_loop

@@ -287,9 +287,8 @@ class InfluenceEngine:
             value = replay.query.value(replay.final.state.params)
             if not np.isfinite(value):
                 raise QueryError(
-                    f"`{replay.query.name}` is {value} at the end of the run: either the training "
-                    "diverged, or it is computed with a torchmetrics metric, which cannot be "
-                    "differentiated."
+                    f"`{replay.query.name}` is {value} at the end of the run, so nothing can be "
+                    f"ranked by it: {self._why_not_finite(replay)}"
                 )
             choose_product(replay.walker)
             choose_mapping(replay)
@@ -298,6 +297,24 @@ class InfluenceEngine:
             ranking = Ranking(replay, seed)
             ranking.run(chosen, top_k=top_k, verify=verify)
         return self._scores(replay, ranking, columns, value, estimator, at)
+
+    def _why_not_finite(self, replay: Replay) -> str:
+        advice = "Train again with a smaller learning rate, or with `gradient_clip_val`."
+        for step in self.trajectory.steps(0, len(replay.walker)):
+            for micro in step.micro_batches:
+                if micro.loss is not None and not np.isfinite(micro.loss):
+                    return (
+                        f"the training diverged. The first loss that is not finite is that of step "
+                        f"{step.number} (epoch {micro.epoch}, batch {micro.batch_idx}): "
+                        f"{micro.loss}. {advice} `at={step.number}` ranks the run as it was before."
+                    )
+        if not all(bool(leaf.isfinite().all()) for leaf in replay.final.state.params.values()):
+            return f"the training diverged, in its very last steps. {advice}"
+        return (
+            "weights and losses are finite, so it is the query itself. Either the weights have grown "
+            "so large that it overflows, or it is computed with a torchmetrics metric, which cannot "
+            "be differentiated. Log the loss tensor itself, or pass a callable."
+        )
 
     def _query(
         self, query: str | QueryFunction | None, dataloader: Any, buffers: Mapping[str, Tensor]

@@ -23,6 +23,7 @@ from lightning_accie.estimators.measure import exact_is_cheaper
 from lightning_accie.estimators.sgd_ie import SgdIE
 
 EXACT = LeaveOneOut.name
+_ROUNDS = 4
 
 
 class Ranking:
@@ -43,6 +44,8 @@ class Ranking:
         self.estimator: list[str] = []
         self.by_estimator: dict[str, Tensor] = {}
         self.at_random = torch.zeros(0, dtype=torch.bool)
+        self.diverged = torch.zeros(0, dtype=torch.bool)
+        """Samples without which the replayed run is no longer finite: no exact figure."""
         self.noise = float("nan")
         self.seconds: dict[str, float] = {}
         self.interrupted = False
@@ -70,7 +73,7 @@ class Ranking:
             if estimator is None:
                 self._refine(top_k, chosen)
             self._replay_exactly(torch.cat([self._unverified(verify // 2), chosen]))
-            if estimator is None:
+            for _ in range(_ROUNDS if estimator is None else 0):  # others rank high then
                 self._replay_exactly(self._doubtful(top_k))
 
     def _begin(self, estimator: Estimator) -> None:
@@ -88,6 +91,7 @@ class Ranking:
         self.estimator = [first.estimator] * count
         self.exact = torch.full((count,), float("nan"), dtype=torch.float64)
         self.at_random = torch.zeros(count, dtype=torch.bool)
+        self.diverged = torch.zeros(count, dtype=torch.bool)
         if first.estimator == EXACT:
             self.exact, self.noise = first.influence.clone(), first.noise
         else:
@@ -125,7 +129,8 @@ class Ranking:
 
     def _replay_exactly(self, samples: Tensor) -> None:
         wanted = torch.unique(samples)
-        wanted = wanted[self.exact[self._spots(wanted)].isnan()]
+        spots = self._spots(wanted)
+        wanted = wanted[self.exact[spots].isnan() & ~self.diverged[spots]]
         if len(wanted):
             self._add(lambda: LeaveOneOut(wanted).estimate(self.replay), EXACT)
 
@@ -143,6 +148,8 @@ class Ranking:
         if found.estimator == EXACT:
             self.noise = found.noise
             finite = found.influence.isfinite()  # a counterfactual run can diverge
+            self.diverged[spots[~finite]] = True
+            self.trusted[spots[~finite]] = False
             spots = spots[finite]
             self.exact[spots] = found.influence[finite]
             self.trusted[spots] = True

@@ -246,9 +246,11 @@ def test_without_a_best_checkpoint_it_is_refused_at_fit_start(tmp_path: Path) ->
 
 def test_where_no_best_came_to_be_the_end_says_so(tmp_path: Path) -> None:
     settings = {"run": "fit_end", "at": "best", "dirpath": tmp_path / "here"}
-    with pytest.raises(QueryError, match=r"knows no best checkpoint.*Use `at=\"last\"`"):
+    with pytest.warns(UserWarning, match=r"knows no best checkpoint.*Use `at=\"last\"`"):
         fit(tmp_path, saver(tmp_path, every_n_epochs=2), callback=settings, max_epochs=1)
     engine = engine_of(tmp_path / "here" / "trajectory")
+    with pytest.raises(QueryError, match="knows no best checkpoint"):
+        engine.estimate(at="best")
     assert engine.estimate(verify=2, top_k=2).info["steps"] == 6
     for at in (0, 7, True, "first"):
         with pytest.raises(ValueError, match="`at` must be"):

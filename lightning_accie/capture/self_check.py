@@ -5,6 +5,7 @@ What cannot be replayed is refused within the first seconds, not after hours.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,7 @@ def check_first_step(
             ) from error
         if not visit.map.losses:
             return LossForm()
+        _check_finite(first)
         form = find_loss_form(program, visit.map.losses[0])  # type: ignore[arg-type]
         _check_movement(walker.again(visit), visit, first)
         if probe is not None:
@@ -125,6 +127,21 @@ def check_first_step(
         if check_query is not None:
             check_query(program, walker.final())
     return form
+
+
+def _check_finite(first: FirstStep) -> None:
+    """A step that leaves no finite weights says nothing about the module."""
+    losses = [micro.loss for micro in first.step(0).micro_batches if micro.loss is not None]
+    tensors = first.checkpoint(1).tensors
+    lost = [n for n, t in tensors.items() if n.startswith("params/") and not t.isfinite().all()]
+    if lost or not all(map(math.isfinite, losses)):
+        loss = ", ".join(f"{loss:.4g}" for loss in losses)
+        raise UnsupportedError(
+            f"Training diverged at its first step (loss {loss}"
+            + (f"; `{lost[0].partition('/')[2]}` is not finite after it" if lost else "")
+            + "), so there is nothing to analyse. Look at the data, the initial weights and the "
+            "learning rate."
+        )
 
 
 def _check_derivatives(probe: Callable[[Visit], None], visit: Visit) -> None:

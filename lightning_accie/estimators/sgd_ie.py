@@ -12,9 +12,11 @@ One backward walk ranks every sample: the result is -dq/dw_i, with w_i shared by
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from lightning_accie.estimators.base import Estimate, Estimator, Replay
 from lightning_accie.replay.state import State, zeros_like
@@ -38,7 +40,9 @@ class SgdIE(Estimator):
             replay: the run and the query.
 
         Returns:
-            The influence of every sample that the run drew.
+            The influence of every sample that the run drew. ``trusted`` is False where it is not
+            finite or larger than what the whole run did to the query, which is no small change any
+            more.
         """
         final = replay.final.state
         zero = zeros_like(final)
@@ -52,7 +56,16 @@ class SgdIE(Estimator):
                 influence.index_add_(0, visit.map.samples, -by_weight.double().cpu())
                 advance(1)
         values = influence[replay.samples]
-        return Estimate(self.name, replay.samples, values, values.isfinite())
+        return Estimate(self.name, replay.samples, values, self._trusted(replay, values))
+
+    def _trusted(self, replay: Replay, influence: Tensor) -> Tensor:
+        """Where one sample moves q no further than the whole run did, or than q is from 0."""
+        trusted = influence.isfinite()
+        if not self.curvature:  # whose sizes mean little
+            return trusted
+        end = replay.query.value(replay.final.state.params)
+        run = abs(replay.query.value(replay.walker.start().state.params) - end)
+        return trusted & (influence.abs() <= max(abs(end), run if math.isfinite(run) else 0.0))
 
     def probe(self, visit: Visit) -> None:
         """Pull a cotangent back through one step."""

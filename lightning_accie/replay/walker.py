@@ -453,9 +453,8 @@ class Walker:
         for name, replayed, stored in pairs:
             if torch.equal(replayed, stored):
                 continue
-            scale = stored.abs().max().clamp_min(1e-12)
-            difference = float((replayed - stored).abs().max() / scale)
-            if difference > self.program.recorded.tolerances.state:
+            difference = _difference(replayed, stored)
+            if not difference <= self.program.recorded.tolerances.state:
                 raise ReplayMismatchError(
                     f"After {snapshot.step} steps the replayed {name} differs from the checkpoint "
                     f"by {difference:.2g} of its largest entry. {self._causes()}"
@@ -514,6 +513,14 @@ def _returned(share: Tensor, micro: MicroBatch) -> Tensor:
     recorded = share.new_tensor(float("nan") if micro.loss is None else micro.loss)
     same = torch.equal(recorded / micro.accumulate, share)
     return recorded if same else share * micro.accumulate
+
+
+def _difference(replayed: Tensor, stored: Tensor) -> float:
+    """The largest difference, relative to the largest entry; NaN where only one of two is finite."""
+    same = (replayed == stored) | (replayed.isnan() & stored.isnan())  # a run may diverge
+    apart = torch.where(same, 0.0, replayed - stored).abs().max()
+    largest = torch.where(stored.isfinite(), stored, 0.0).abs().max()
+    return float(apart / largest.clamp_min(1e-12))
 
 
 def _anchors(room: int) -> int:
