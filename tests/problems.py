@@ -115,7 +115,8 @@ def fit(
     """Train under the callback, capture only."""
     influence = InfluenceCallback(**{"run": "manual", "console": False, **(callback or {})})
     torch.manual_seed(5)
-    quiet_trainer(root, callbacks=[influence], **trainer).fit(module, train, val)
+    callbacks = [influence, *trainer.pop("callbacks", [])]
+    quiet_trainer(root, callbacks=callbacks, **trainer).fit(module, train, val)
     return influence
 
 

@@ -34,6 +34,9 @@ class Verdict:
     random: RandomState | None = None
 
 
+_DREW_NOTHING = Verdict(draws=False)
+
+
 class DrawWatch:
     """Watches the generators around calls.
 
@@ -50,6 +53,7 @@ class DrawWatch:
         self._host_draws = False
         self._closely = _CLOSELY
         self._before: dict[str, Tensor] | None = None
+        self._quiet: bytes | None = None  # torch's state, while nothing draws and a call is open
         self.left_behind: RandomState | None = None
         """The states that the last drawing call left, where they were read right after it."""
 
@@ -59,9 +63,19 @@ class DrawWatch:
         Returns:
             The verdict on the call before, if it was still open.
         """
+        # The way of a run that draws nothing. It runs between two steps of a model, with cold
+        # caches, where every line of Python costs several times what it costs in a loop.
+        if (
+            self._quiet is not None
+            and torch.default_generator.get_state().numpy().tobytes() == self._quiet
+        ):
+            return _DREW_NOTHING
         now = self._read()
         verdict = self._judge(now, right_after=False)
         self._before = now
+        watched = self._closely or self._reads_host or self._cuda is not None
+        if verdict is _DREW_NOTHING and not watched:
+            self._quiet = now["torch"].numpy().tobytes()
         return verdict
 
     def end(self) -> Verdict | None:
@@ -88,17 +102,21 @@ class DrawWatch:
         self.left_behind = None
 
     def _read(self) -> dict[str, Tensor]:
+        host = self._reads_host
         self._reads += 1
-        host = self._host_draws or self._reads <= 2 * _CLOSELY  # the first calls: two reads each
         return random_state.capture(cuda=self._cuda, host=host)
 
+    @property
+    def _reads_host(self) -> bool:
+        return self._host_draws or self._reads < 2 * _CLOSELY  # the first calls: two reads each
+
     def _judge(self, now: dict[str, Tensor], *, right_after: bool) -> Verdict | None:
-        before, self._before = self._before, None
+        before, self._before, self._quiet = self._before, None, None
         if before is None:
             return None
         if random_state.equal(before, now):
             self._closely = max(0, self._closely - 1)
-            return Verdict(draws=False)
+            return _DREW_NOTHING
         if not self._host_draws:
             pairs = [(before[name], now[name]) for name in _HOST if name in before]
             self._host_draws = not all(torch.equal(a, b) for a, b in pairs)

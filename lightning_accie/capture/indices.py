@@ -96,11 +96,15 @@ class IndexRecorder:
             whose entry is ``None`` (``max_size``, exhausted) has none. A sample that was drawn
             without collation (``batch_size=None``) has ``indices`` of shape ``[1]``.
         """
-        tap = self._watching()
+        delivered = self._watching().delivered
         # Nobody claims a `None` batch (it comes without a hook), one that was held back when its
-        # epoch ended, or a tuner's. So the batch at hand is found from the end.
-        tap.keep(_prefetched(trainer) + 1)
-        return tap.delivered[0]
+        # epoch ended, or a tuner's. So the batch at hand is found from the end. Where a loader has
+        # no length Lightning fetches one batch ahead, to know which one is the last.
+        fetcher: Any = trainer.fit_loop._data_fetcher
+        held_back = len(fetcher.batches)
+        while len(delivered) > held_back + 1:
+            delivered.popleft()
+        return delivered[0]
 
     def detach(self) -> None:
         """Undo every patch: the strategy and all loaders are as they were. Callable twice."""
@@ -352,11 +356,6 @@ class _LoaderTap:
                 pieces.append(Piece(source, indices))
         self.delivered.append(tuple(pieces))
 
-    def keep(self, count: int) -> None:
-        """Forget all but the last ``count`` batches."""
-        while len(self.delivered) > count:
-            self.delivered.popleft()
-
     def release(self, user: IndexRecorder) -> None:
         """Take a recorder off, and every patch with the last one."""
         self.users.discard(user)
@@ -391,9 +390,3 @@ class _LoaderTap:
 def _own_class(target: Any) -> type:
     # A loader comes by again when it is reloaded, and a clone of one has its class from the start.
     return getattr(type(target), "_untapped", type(target))
-
-
-def _prefetched(trainer: Trainer) -> int:
-    # Where a loader has no length Lightning fetches one batch ahead, to know which one is the last.
-    fetcher: Any = trainer.fit_loop._data_fetcher
-    return len(fetcher.batches)

@@ -120,6 +120,10 @@ class Recorder:
         self._enabled = enabled
         self._optimizer: torch.optim.Optimizer = trainer.optimizers[0]
         self._groups = parameter_groups(module, self._optimizer)
+        # What `trainer.current_epoch` and `trainer.global_step` read, several properties further in.
+        loop = trainer.fit_loop
+        self._epochs = loop.epoch_progress.current
+        self._optimizer_steps = loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step
         device = trainer.strategy.root_device
         self._draws = DrawWatch(device if device.type == "cuda" else None)
         self._open: Callable[..., MicroBatch] | None = None
@@ -128,6 +132,7 @@ class Recorder:
         self._batch_idx = 0
         self._pending: list[MicroBatch] = []
         self._settings: tuple[GroupSettings, ...] = ()
+        self._groups_seen: list[dict[str, Any]] | None = None
         self._hook: RemovableHandle | None = None
         self._patch: Patch | None = None
         self._scale = 1.0
@@ -135,7 +140,7 @@ class Recorder:
         self.stepping = False
         """Whether the optimiser is about to step and has not been seen to have stepped."""
         self.sink: Sink | None = None
-        self.on_first_call: Callable[[], None] = lambda: None
+        self.on_first_call: Callable[[], None] | None = None
 
     # ------------------------------------------------------------------ attaching
 
@@ -190,10 +195,10 @@ class Recorder:
 
     def _watch(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run ``training_step`` and record it as a micro-batch."""
-        self.on_first_call()
-        self.on_first_call = _nothing
-        trainer = self._trainer
-        epoch, global_step = trainer.current_epoch, trainer.global_step
+        if self.on_first_call is not None:
+            self.on_first_call()
+            self.on_first_call = None
+        epoch, global_step = self._epochs.completed, self._optimizer_steps.total.completed
         self._close(self._draws.begin())
         self._drop_skipped()
         output = original(*args, **kwargs)
@@ -204,7 +209,7 @@ class Recorder:
             epoch,
             global_step,
             _loss_value(output),
-            trainer.accumulate_grad_batches,
+            self._trainer.accumulate_grad_batches,
         )
         self._close(self._draws.end())
         return output
@@ -253,16 +258,27 @@ class Recorder:
             return
         scaler = getattr(self._trainer.strategy.precision_plugin, "scaler", None)
         self._scale = 1.0 if scaler is None else float(scaler.get_scale())
-        settings = tuple(_settings(group) for group in optimizer.param_groups)
-        if settings != self._settings:  # steps with the same settings share one record of them
-            self._settings = settings
+        self._note_settings(optimizer.param_groups)
         self._due = True
-        if self.sink.wants_checkpoint(self.steps + 1):
+        keep = self.sink.wants_checkpoint(self.steps + 1)
+        if keep:
             self._close(self._draws.settle(right_after=True))
         if self._due and self._open is None:
             self._emit()
-        if self.sink.wants_checkpoint(self.steps):
+        if keep:
             self.sink.checkpoint(self.take(self.steps))
+
+    def _note_settings(self, groups: list[dict[str, Any]]) -> None:
+        """Read the settings in force; steps that have the same share one record of them."""
+        now = [dict(group) for group in groups]
+        if now == self._groups_seen:
+            return
+        settings = tuple(_settings(group) for group in groups)
+        if settings != self._settings:
+            self._settings = settings
+        values = [v for group in now for name, v in group.items() if name != "params"]
+        # A tensor or a list can change in place, and would then be equal to itself.
+        self._groups_seen = now if all(map(_is_constant, values)) else None
 
     def _emit(self) -> None:
         assert self.sink is not None
@@ -273,10 +289,6 @@ class Recorder:
         self.sink.append(step)
 
 
-def _nothing() -> None:
-    """Do nothing."""
-
-
 def _loss_value(output: Any) -> float | None:
     loss = output.get("loss") if isinstance(output, Mapping) else output
     return None if loss is None else float(loss.item())
@@ -285,6 +297,12 @@ def _loss_value(output: Any) -> float | None:
 def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
     """A parameter group's hyper-parameters as JSON values."""
     return {name: _plain(value) for name, value in group.items() if name != "params"}
+
+
+def _is_constant(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_constant, value))
+    return value is None or isinstance(value, (bool, int, float, str))
 
 
 def _plain(value: Any) -> Any:

@@ -84,7 +84,7 @@ class TrajectoryWriter:
         header: Mapping[str, Any],
         *,
         disk_budget: int,
-        flush_steps: int = 512,
+        flush_steps: int = 2048,
         flush_seconds: float = 5.0,
         overwrite: bool = False,
         after: After | None = None,
