@@ -20,6 +20,7 @@ MANIFEST = "manifest.json"
 CHECKPOINTS = "checkpoints"
 CHUNK_NAME = re.compile(r"steps-([0-9]{6,})\.safetensors")
 CHECKPOINT_NAME = re.compile(rf"{CHECKPOINTS}/step-[0-9]{{9,}}\.safetensors")
+RANK_NAME = re.compile(r"rank-[0-9]{3,}")
 _TEMPORARY = ".tmp"
 
 DAMAGED = "Copy the trajectory again from where it was recorded, or record the run again."
@@ -63,6 +64,18 @@ def checkpoint_name(step: int) -> str:
         The name relative to the trajectory's directory.
     """
     return f"{CHECKPOINTS}/step-{step:09d}.safetensors"
+
+
+def rank_name(rank: int) -> str:
+    """The name of the directory that holds another rank's step log.
+
+    Args:
+        rank: the process's number, from 1; rank 0 writes to the trajectory's directory itself.
+
+    Returns:
+        The name relative to the trajectory's directory.
+    """
+    return f"rank-{rank:03d}"
 
 
 def write(directory: Path, name: str, content: bytes) -> StoredFile:
@@ -159,7 +172,7 @@ def prepare(directory: Path, *, overwrite: bool) -> None:
 
     Args:
         directory: where to; made if it is not there.
-        overwrite: whether a trajectory that is there may be deleted.
+        overwrite: whether a trajectory that is there may be deleted, the logs of all ranks with it.
 
     Raises:
         TrajectoryError: where something is there that must not be deleted.
@@ -178,6 +191,9 @@ def prepare(directory: Path, *, overwrite: bool) -> None:
     # The manifest goes first: no moment has one that names deleted files.
     for name in sorted(present, key=lambda name: name != MANIFEST):
         remove(directory, name)
+    for rank in filter(_is_rank, list(directory.iterdir())):
+        for path in [*rank.iterdir(), rank]:
+            path.rmdir()
     (directory / CHECKPOINTS).mkdir(exist_ok=True)
 
 
@@ -253,6 +269,9 @@ def _present(directory: Path) -> list[str]:
         name = path.relative_to(directory).as_posix()
         if name == CHECKPOINTS and path.is_dir() and not path.is_symlink():
             continue
+        if _is_rank(path):
+            names += [f"{name}/{inside}" for inside in _present(path)]
+            continue
         if not _is_ours(name.removesuffix(_TEMPORARY)) or path.is_dir():
             raise TrajectoryError(
                 f"{directory} holds something else than a trajectory: {name}. Move it away, or "
@@ -260,6 +279,10 @@ def _present(directory: Path) -> list[str]:
             )
         names.append(name)
     return names
+
+
+def _is_rank(path: Path) -> bool:
+    return bool(RANK_NAME.fullmatch(path.name)) and path.is_dir() and not path.is_symlink()
 
 
 def _is_ours(name: str) -> bool:

@@ -5,6 +5,8 @@ A trajectory is a directory:
     manifest.json                           what is here, with the checksum of every file
     steps-000000.safetensors, …             the step log, in chunks
     checkpoints/step-000000000.safetensors, …   full states
+    rank-001/manifest.json, …               where several processes trained: the step log of each
+                                            further one, a manifest and chunks of its own
 
 Every file is written under a temporary name, synced and renamed, and the manifest is written after
 the files that it names. So at any moment the manifest on disk names complete files only; whatever
@@ -12,7 +14,8 @@ it does not name is left over from a writer that was stopped, and counts for not
 
 The manifest is JSON: ``format``, ``version`` (of the format), ``writer`` (the package's version),
 ``status`` and ``reason``, the caller's ``header``, the lists ``chunks`` and ``checkpoints``, and
-``checksum``, the SHA-256 of the same text without it.
+``checksum``, the SHA-256 of the same text without it. Where several processes trained there is
+``rank`` too, and the version is 2: a reader that knows 1 alone would take rank 0's log for the whole.
 """
 
 from __future__ import annotations
@@ -35,7 +38,8 @@ from lightning_accie.trajectory.files import (
 )
 
 FORMAT = "lightning_accie trajectory"
-VERSION = 1
+VERSION = 2
+"""The latest; a trajectory of a single process has 1."""
 STATUSES = ("running", "finished", "interrupted", "failed", "stopped")
 
 _TYPES = {
@@ -48,7 +52,7 @@ _TYPES = {
     "checkpoints": list,
     "checksum": str,
 }
-_StoredT = TypeVar("_StoredT", bound=StoredFile)
+_EntryT = TypeVar("_EntryT")
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,21 @@ def package_version() -> str:
 
 
 @dataclass(frozen=True)
+class Rank:
+    """Which of a run's processes wrote a log.
+
+    Attributes:
+        number: its rank, from 0.
+        of: how many processes there are, at least 2.
+        run: tells the run from every other; all its processes have the same.
+    """
+
+    number: int
+    of: int
+    run: str
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What a trajectory consists of.
 
@@ -91,6 +110,7 @@ class Manifest:
             ``"stopped"`` (writing did).
         reason: why, in words; may be empty.
         writer: version of the package that wrote it.
+        rank: which process wrote it; None where there was one alone.
     """
 
     header: dict[str, Any]
@@ -99,6 +119,12 @@ class Manifest:
     status: str = "running"
     reason: str = ""
     writer: str = ""
+    rank: Rank | None = None
+
+    @property
+    def version(self) -> int:
+        """Of the format: the oldest that can hold it."""
+        return 1 if self.rank is None else 2
 
     @property
     def steps(self) -> int:
@@ -113,11 +139,12 @@ class Manifest:
         """
         document = {
             "format": FORMAT,
-            "version": VERSION,
+            "version": self.version,
             "writer": self.writer,
             "status": self.status,
             "reason": self.reason,
             "header": self.header,
+            **({} if self.rank is None else {"rank": asdict(self.rank)}),
             "chunks": [asdict(chunk) for chunk in self.chunks],
             "checkpoints": [asdict(checkpoint) for checkpoint in self.checkpoints],
         }
@@ -171,7 +198,8 @@ def _parse(path: Path, content: bytes) -> Manifest:
 
 
 def _manifest(document: dict[str, Any]) -> Manifest:
-    if {key: type(value) for key, value in document.items()} != _TYPES:
+    several = {"rank": dict} if "rank" in document else {}
+    if {key: type(value) for key, value in document.items()} != {**_TYPES, **several}:
         raise ValueError("its entries are not those of a manifest")
     if document["status"] not in STATUSES:
         raise ValueError(f"its status is {document['status']!r}")
@@ -182,15 +210,23 @@ def _manifest(document: dict[str, Any]) -> Manifest:
         chunks=chunks,
         checkpoints=checkpoints,
         **{key: document[key] for key in ("status", "reason", "writer")},
+        rank=_rank(document["rank"]) if several else None,
     )
     _check_chunks(chunks)
     _check_checkpoints(checkpoints, manifest.steps)
     return manifest
 
 
-def _entry(record: Any, kind: type[_StoredT]) -> _StoredT:
+def _rank(record: Any) -> Rank:
+    rank = _entry(record, Rank)
+    if not 0 <= rank.number < rank.of or rank.of < 2:
+        raise ValueError(f"it is that of rank {rank.number} of {rank.of}")
+    return rank
+
+
+def _entry(record: Any, kind: type[_EntryT]) -> _EntryT:
     # The names of the fields' types serve as they are: annotations are texts here.
-    expected = {field.name: field.type for field in fields(kind)}
+    expected = {field.name: field.type for field in fields(kind)}  # type: ignore[arg-type]
     if type(record) is not dict or expected != {
         key: type(value).__name__ for key, value in record.items()
     }:

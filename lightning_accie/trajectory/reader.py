@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
-from collections import OrderedDict
 from collections.abc import Iterator
 from copy import copy
 from pathlib import Path
@@ -11,13 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from lightning_accie.errors import TrajectoryError
-from lightning_accie.trajectory.chunks import Chunk
-from lightning_accie.trajectory.files import DAMAGED, check_size, read
-from lightning_accie.trajectory.manifest import VERSION, StoredCheckpoint, read_manifest
+from lightning_accie.trajectory.files import DAMAGED, read
+from lightning_accie.trajectory.manifest import StoredCheckpoint, read_manifest
+from lightning_accie.trajectory.ranks import ending, merged_step, open_logs
 from lightning_accie.trajectory.records import Checkpoint, Step
 from lightning_accie.trajectory.tensors import load
-
-_CHUNKS_IN_MEMORY = 4
 
 _MERGE_AFTER = 2**20
 """How many samples may be counted apart before they are added up, in `Trajectory.visits`."""
@@ -30,7 +26,8 @@ class Trajectory:
     """A training run on disk. It is only read: nothing is ever written.
 
     Files are read when they are needed, and each is compared with its recorded checksum before its
-    content is used. A run that is still being written ends where it was last flushed.
+    content is used. A run that is still being written ends where it was last flushed; one of several
+    processes, where the shortest of their logs ends.
 
     Args:
         directory: what a `TrajectoryWriter` wrote.
@@ -42,6 +39,7 @@ class Trajectory:
             A writer that was killed leaves ``"running"``.
         reason: why, in words; may be empty.
         version: of the format.
+        world_size: how many processes trained.
         writer: the version of the package that wrote it.
 
     Raises:
@@ -49,22 +47,18 @@ class Trajectory:
             missing or damaged is only found when it is asked for.
     """
 
-    version = VERSION
-
     def __init__(self, directory: Path | str) -> None:
         self.directory = Path(directory).absolute()
         manifest = read_manifest(self.directory)
         self.header = manifest.header
-        self.status = manifest.status
-        self.reason = manifest.reason
         self.writer = manifest.writer
-        self._length = manifest.steps
-        self._stored = manifest.chunks
-        self._firsts = [chunk.first for chunk in manifest.chunks]
-        self._checkpoints = {stored.step: stored for stored in manifest.checkpoints}
-        self._chunks: OrderedDict[int, Chunk] = OrderedDict()
-        for chunk in manifest.chunks:
-            check_size(self.directory, chunk)
+        self.version = manifest.version
+        self._logs = open_logs(self.directory, manifest)
+        self.world_size = len(self._logs)
+        self._length, self.status, self.reason = ending(self._logs)
+        self._checkpoints = {
+            stored.step: stored for stored in manifest.checkpoints if stored.step <= self._length
+        }
 
     @classmethod
     def open(cls, directory: Path | str) -> Trajectory:
@@ -91,15 +85,15 @@ class Trajectory:
             t: its number, from 0 to ``len(self) - 1``.
 
         Returns:
-            The step as it was recorded.
+            The step as it was recorded, with the micro-batches of all ranks.
 
         Raises:
             IndexError: where there is no such step.
-            TrajectoryError: where its file is missing or damaged.
+            TrajectoryError: where its file is missing or damaged, or the ranks disagree on it.
         """
         if not 0 <= t < len(self):
             raise IndexError(f"there is no step {t} in a trajectory of {len(self)} steps")
-        return self._chunk(bisect_right(self._firsts, t) - 1).step(t)
+        return merged_step([log.step(t) for log in self._logs])
 
     def steps(self, lo: int = 0, hi: int | None = None) -> Iterator[Step]:
         """Read consecutive steps, one at a time.
@@ -168,8 +162,8 @@ class Trajectory:
             TrajectoryError: where a file of the step log is missing or damaged.
         """
         parts: dict[int, list[Counts]] = {}
-        for at in range(bisect_left(self._firsts, len(self))):
-            for source, counts in self._chunk(at).visits(len(self)).items():
+        for log in self._logs:
+            for source, counts in log.visits(len(self)):
                 known = parts.setdefault(source, [])
                 known.append(counts)
                 # Merging only once the new ones outweigh the old keeps the cost linear.
@@ -194,34 +188,11 @@ class Trajectory:
             TrajectoryError: for the first file that is missing or damaged.
         """
         steps = len(self) if steps is None else steps
-        for at, chunk in enumerate(self._stored):
-            if chunk.first < steps:
-                self._read_chunk(at)
+        for log in self._logs:
+            log.verify(steps)
         for stored in self._checkpoints.values():
             if stored.step <= steps:
                 self._decoded_checkpoint(stored)
-
-    def _chunk(self, at: int) -> Chunk:
-        if at in self._chunks:
-            self._chunks.move_to_end(at)
-        else:
-            self._chunks[at] = self._read_chunk(at)
-            if len(self._chunks) > _CHUNKS_IN_MEMORY:
-                self._chunks.popitem(last=False)
-        return self._chunks[at]
-
-    def _read_chunk(self, at: int) -> Chunk:
-        stored = self._stored[at]
-        try:
-            chunk = Chunk(read(self.directory, stored))
-        except ValueError as error:
-            raise TrajectoryError(f"{self.directory / stored.file}: {error}. {DAMAGED}") from error
-        if (chunk.first, len(chunk)) != (stored.first, stored.count):
-            raise TrajectoryError(
-                f"{self.directory / stored.file} holds {len(chunk)} steps from {chunk.first}, not "
-                f"{stored.count} steps from {stored.first} as the manifest says. {DAMAGED}"
-            )
-        return chunk
 
     def _decoded_checkpoint(self, stored: StoredCheckpoint) -> Checkpoint:
         try:

@@ -47,7 +47,9 @@ class MicroBatch:
         accumulate: ``accumulate_grad_batches`` in force: the loss is divided by it.
         draws: whether the call drew random numbers.
         random: the generator states before the call; kept only where the call draws and its state
-            is not simply what the previous drawing call left behind.
+            is not simply what the previous drawing call of the same rank left behind.
+        rank: the process that ran the call; 0 where there is one.
+        world_size: over how many processes the step's gradient is averaged.
     """
 
     pieces: tuple[Piece, ...]
@@ -58,6 +60,13 @@ class MicroBatch:
     accumulate: int = 1
     draws: bool = False
     random: RandomState | None = None
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def divisor(self) -> int:
+        """1 / c_m: what the returned loss is divided by in the step's loss (method: section 1)."""
+        return self.accumulate * self.world_size
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,7 +75,7 @@ class Step:
 
     Attributes:
         number: t, counted from 0 at the start of the trajectory.
-        micro_batches: in the order in which they ran.
+        micro_batches: those of rank 0 in the order in which they ran, then those of rank 1, ….
         settings: the hyper-parameters in force at the step, one mapping per parameter group, in
             the optimiser's group order (without ``params``).
         loss_scale: what the loss was multiplied by for the backward pass, and the gradient divided

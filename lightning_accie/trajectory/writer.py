@@ -18,6 +18,7 @@ from lightning_accie.trajectory.files import (
     checkpoint_name,
     chunk_name,
     prepare,
+    rank_name,
     remove,
     tidy,
     write,
@@ -25,6 +26,7 @@ from lightning_accie.trajectory.files import (
 from lightning_accie.trajectory.manifest import (
     STATUSES,
     Manifest,
+    Rank,
     StoredCheckpoint,
     StoredChunk,
     package_version,
@@ -59,6 +61,9 @@ class TrajectoryWriter:
         overwrite: whether to delete a trajectory that is there.
         after: go on with an earlier trajectory, which may be in the same directory: its first steps
             and their checkpoints become this one's; in another directory it stays as it is.
+        rank: which of several processes writes this log, or None where there is one alone. Rank 0
+            writes the trajectory; the others write their steps, and no checkpoints, to
+            ``directory / rank_name(number)`` once rank 0 has made ``directory``.
 
     Raises:
         TrajectoryError: where the directory holds something already, or cannot be written.
@@ -88,12 +93,17 @@ class TrajectoryWriter:
         flush_seconds: float = 5.0,
         overwrite: bool = False,
         after: After | None = None,
+        rank: Rank | None = None,
     ) -> None:
-        self.directory = Path(directory).absolute()
+        number = 0 if rank is None else rank.number
+        directory = Path(directory).absolute()
+        self.directory = directory / rank_name(number) if number else directory
         self._disk_budget = disk_budget
         self._flush_steps = flush_steps
         self._flush_seconds = flush_seconds
-        self._manifest = Manifest(json.loads(json.dumps(dict(header))), writer=package_version())
+        self._manifest = Manifest(
+            json.loads(json.dumps(dict(header))), writer=package_version(), rank=rank
+        )
         self._buffer: list[Step] = []
         self._appended = 0
         self._chunks_begun = 0
@@ -114,7 +124,8 @@ class TrajectoryWriter:
         self._appended = after.steps
         self._pinned = after.pinned
         self._largest_checkpoint = max((stored.bytes for stored in kept.checkpoints), default=0)
-        self._commit(replace(kept, header=self._manifest.header))
+        own = self._manifest
+        self._commit(replace(kept, header=own.header, rank=own.rank))
         tidy(self.directory, [stored.file for stored in (*kept.chunks, *kept.checkpoints)])
 
     def update_header(self, values: Mapping[str, Any], *, at_once: bool = False) -> None:

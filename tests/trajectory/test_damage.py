@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from lightning_accie.errors import TrajectoryError
+from lightning_accie.trajectory.manifest import VERSION
 from lightning_accie.trajectory.reader import Trajectory
 
 FILES = [
@@ -268,7 +269,7 @@ def test_a_checkpoint_is_no_step_log(recorded: Trajectory) -> None:
         read_all(recorded.directory)
 
 
-@pytest.mark.parametrize("version", [2, 1000])
+@pytest.mark.parametrize("version", [VERSION + 1, 1000])
 def test_a_newer_format_asks_for_an_upgrade(recorded: Trajectory, version: int) -> None:
     path = recorded.directory / "manifest.json"
     document = {"format": "lightning_accie trajectory", "version": version, "unheard": "of"}
