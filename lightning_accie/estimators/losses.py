@@ -26,7 +26,7 @@ def training_losses(replay: Replay) -> Tensor:
                     with torch.enable_grad():
                         value, _ = loss.bound(weights)
                         (share,) = torch.autograd.grad(value, [weights])
-                    scale = len(weights) * loss.micro.accumulate  # type: ignore[attr-defined]
+                    scale = len(weights) * loss.micro.divisor  # type: ignore[attr-defined]
                     losses[loss.samples] = share.double().cpu() * scale
             advance(1)
     return losses[replay.samples]

@@ -62,7 +62,7 @@ class BatchSource:
         self.loaders = list(loaders)
         self.assemble = assemble
         self.cache_bytes = cache_bytes
-        self._cache: OrderedDict[tuple[int, int, int], _Held] = OrderedDict()
+        self._cache: OrderedDict[tuple[int, int, int, int], _Held] = OrderedDict()
         self._held = 0
         offsets = [0]
         for loader in self.loaders:
@@ -111,7 +111,7 @@ class BatchSource:
         Returns:
             The batch on the CPU, before any transfer hook.
         """
-        key = (micro.epoch, micro.global_step, micro.batch_idx)
+        key = (micro.epoch, micro.global_step, micro.batch_idx, micro.rank)
         held = self._cache.get(key)
         if held is not None and held.serves(micro):
             self._cache.move_to_end(key)

@@ -232,8 +232,7 @@ class TrainingProgram:
             batch = pytree.tree_map_only(Tensor, Tensor.clone, batch)
         if random is not None:
             random.restore(self._cuda)
-        self.trainer.current_epoch = micro.epoch
-        self.trainer.global_step = micro.global_step
+        self.trainer.stand_at(micro.epoch, micro.global_step, micro.rank)
         return batch
 
     def _training_step(self, batch: Any, micro: MicroBatch) -> Tensor | None:
@@ -283,7 +282,7 @@ class TrainingProgram:
             around: see `WeightedReduction`.
 
         Returns:
-            Σ_i w_i ℓ_i/|m| + R, before the division by ``accumulate``.
+            Σ_i w_i ℓ_i/|m| + R, before the multiplication by c_m.
 
         Raises:
             ReplayMismatchError: if ``training_step`` returns None.
@@ -393,6 +392,7 @@ class RecordedLoss:
         self.program = program
         self.micro = micro
         self.random = random
+        self.rank = micro.rank
         self.samples = torch.from_numpy(program.batches.sample_numbers(micro))
 
     def functional(self, params: Params, weights: Tensor) -> Tensor:
@@ -403,7 +403,7 @@ class RecordedLoss:
         """
         # Not `around`: forward mode over two gradients that meet fails on torch's symbolic zeros.
         loss = self.program.weighted(self.micro, self.random, weights, params, around=False)
-        return loss / self.micro.accumulate
+        return loss / self.micro.divisor
 
     def bound(self, weights: Tensor) -> tuple[Tensor, Params]:
         """The loss from the bound parameters.
@@ -412,7 +412,7 @@ class RecordedLoss:
             A scalar with its graph, and the parameters.
         """
         loss = self.program.weighted(self.micro, self.random, weights)
-        return loss / self.micro.accumulate, self.program.parameters
+        return loss / self.micro.divisor, self.program.parameters
 
     def ones(self) -> Tensor:
         """The weights of the real run.

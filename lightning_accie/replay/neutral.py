@@ -31,8 +31,8 @@ class _Silent:
 class StandInTrainer:
     """What the replayed module sees as ``self.trainer``.
 
-    Epoch and step are the recorded ones; everything else is the live trainer's where there is one,
-    or one of the facts that the trajectory recorded.
+    Epoch, step and rank are the recorded ones; everything else is the live trainer's where there is
+    one, or one of the facts that the trajectory recorded.
 
     Args:
         facts: what was recorded of the Trainer.
@@ -46,8 +46,6 @@ class StandInTrainer:
         live: Any = None,
         earlier: Sequence[tuple[int, Mapping[str, Any]]] = (),
     ) -> None:
-        self.current_epoch = 0
-        self.global_step = 0
         self.logger = _Silent()
         self.loggers = [self.logger]
         self.training = True
@@ -56,6 +54,16 @@ class StandInTrainer:
         self._facts = facts
         self._live = live
         self._earlier = earlier
+        self.stand_at(0, 0, 0)
+
+    def stand_at(self, epoch: int, step: int, rank: int) -> None:
+        """Tell the module where in the run it is, and as which of the run's processes."""
+        self.current_epoch = epoch
+        self.global_step = step
+        self.global_rank = rank
+        self.is_global_zero = rank == 0
+        # As Lightning numbers the processes of a node.
+        self.local_rank = rank % max(1, int(self._facts.get("num_devices") or 1))
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):

@@ -15,8 +15,10 @@ elementwise.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 from typing import Any, Protocol
 
 import torch
@@ -144,6 +146,8 @@ class MicroLoss(Protocol):
 
     samples: Tensor
     """``[B]`` int64: which training sample each of the batch's B places holds."""
+    rank: int
+    """The process that ran it."""
     tape: Tape | None
     """Its gradient with the graph, where the walk to this step kept it."""
 
@@ -237,7 +241,12 @@ class StepMap:
             grad(loss.functional)(params, part)
             for loss, part in zip(self.losses, self._split(weights), strict=True)
         ]
-        return {name: sum_of([part[name] for part in parts]) for name in self.used if parts}
+        return self._total(parts)
+
+    def _total(self, parts: Sequence[Params]) -> Params:
+        """Add up the micro-batches' gradients."""
+        pairs = [(loss.rank, part) for loss, part in zip(self.losses, parts, strict=True)]
+        return total_gradient(pairs, self.used)
 
     def _split(self, weights: Tensor) -> list[Tensor]:
         """``[..., N]`` into one ``[..., B]`` a micro-batch."""
@@ -400,8 +409,7 @@ class StepMap:
         Returns:
             The gradient by parameter name.
         """
-        parts = [self._gradient_of(loss) for loss in self.losses]
-        return {n: sum_of([part[n] for part in parts if n in part]) for n in self.used}
+        return self._total([self._gradient_of(loss) for loss in self.losses])
 
     def _gradient_of(self, loss: MicroLoss) -> Params:
         tape = loss.tape or Tape.of(loss, self.used, create_graph=False)
@@ -438,13 +446,23 @@ def _slopes(loss: MicroLoss, params: Params, direction: Params) -> Tensor:
     return _jvp(lambda p: by_weights(p, loss.ones()), (params,), (direction,))[1]
 
 
-def sum_of(parts: Sequence[Tensor]) -> Tensor:
-    """Add tensors in order, as gradient accumulation does.
+def total_gradient(parts: Sequence[tuple[int, Params]], names: Iterable[str]) -> Params:
+    """Add up gradients as training does: over the micro-batches of a rank, then over the ranks.
+
+    Args:
+        parts: the rank and the gradient of every micro-batch, in the order of `Step`.
+        names: the parameters wanted.
 
     Returns:
-        The sum.
+        The sums by parameter name; a parameter that no micro-batch used has none.
     """
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
+    total: Params = {}
+    for name in names:
+        by_rank: dict[int, Tensor] = {}
+        for rank, part in parts:
+            if name in part:
+                have = by_rank.get(rank)
+                by_rank[rank] = part[name] if have is None else have + part[name]
+        if by_rank:
+            total[name] = reduce(add, by_rank.values())
     return total

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from lightning_accie.errors import ReplayMismatchError, TrajectoryError
 from lightning_accie.replay.module import RecordedLoss, TrainingProgram
 from lightning_accie.replay.random_state import Restorable
 from lightning_accie.replay.state import Params, Slots, State
-from lightning_accie.replay.step import Clip, StepMap, Update, sum_of
+from lightning_accie.replay.step import Clip, StepMap, Update, total_gradient
 from lightning_accie.replay.tape import Tape, saved_bytes
 from lightning_accie.replay.update_rules import rule_named
 from lightning_accie.trajectory.reader import Trajectory
@@ -32,15 +32,15 @@ class Snapshot:
         step: t.
         state: s_t.
         counts: per parameter, the updates it has had.
-        buffers: the module's buffers.
-        random: the generators' states that the last drawing step left, or None.
+        buffers: the module's buffers; all ranks begin a step with those of rank 0.
+        random: per rank, the generators' states that its last drawing step left, where known.
     """
 
     step: int
     state: State
     counts: Mapping[str, int]
     buffers: Mapping[str, Tensor]
-    random: RandomState | None = None
+    random: Mapping[int, RandomState] = field(default_factory=dict)
 
     def nbytes(self) -> int:
         """Count the bytes held.
@@ -48,7 +48,8 @@ class Snapshot:
         Returns:
             State, buffers and generators.
         """
-        extra = [*self.buffers.values(), *(self.random or {}).values()]
+        random = [state for states in self.random.values() for state in states.values()]
+        extra = [*self.buffers.values(), *random]
         return self.state.nbytes() + sum(t.numel() * t.element_size() for t in extra)
 
 
@@ -92,6 +93,15 @@ class Fidelity:
     def bit_exact(self) -> bool:
         """Whether every compared number was equal bit for bit."""
         return self.largest_loss_difference == 0.0 and self.largest_state_difference == 0.0
+
+
+class _Ran(NamedTuple):
+    """A step's micro-batches, run: their losses and gradient, and what they left behind."""
+
+    losses: list[RecordedLoss]
+    gradient: Params
+    random: Mapping[int, RandomState]
+    buffers: Mapping[str, Tensor]
 
 
 class Walker:
@@ -249,17 +259,19 @@ class Walker:
             The visit, and the snapshot after it.
         """
         step = self.trajectory.step(snapshot.step)
-        losses, total, random = self._gradient(step, snapshot, keep_tape=keep_tape)
+        ran = self._gradient(step, snapshot, keep_tape=keep_tape)
         update = self._update(step, snapshot)
         with torch.no_grad():
-            state = update(snapshot.state, total)
-        used = tuple(name for name in self.program.trainable if name in total)
-        counts = {name: n + (name in total) for name, n in snapshot.counts.items()}
+            state = update(snapshot.state, ran.gradient)
+        used = tuple(name for name in self.program.trainable if name in ran.gradient)
+        counts = {name: n + (name in ran.gradient) for name, n in snapshot.counts.items()}
         visit = Visit(
-            StepMap(losses, update, used, self.program.form.penalty, self.product, self.vectorize),
+            StepMap(
+                ran.losses, update, used, self.program.form.penalty, self.product, self.vectorize
+            ),
             snapshot,
         )
-        following = Snapshot(snapshot.step + 1, state, counts, self._copy_buffers(), random)
+        following = Snapshot(snapshot.step + 1, state, counts, ran.buffers, ran.random)
         return visit, self._check_state(following)
 
     def again(self, visit: Visit) -> State:
@@ -271,30 +283,35 @@ class Walker:
         Returns:
             The state after it.
         """
-        _, total, _ = self._gradient(self.trajectory.step(visit.step), visit.snapshot)
+        ran = self._gradient(self.trajectory.step(visit.step), visit.snapshot)
         with torch.no_grad():
-            return visit.map.update(visit.state, total)
+            return visit.map.update(visit.state, ran.gradient)
 
-    def _gradient(
-        self, step: Step, snapshot: Snapshot, *, keep_tape: bool = False
-    ) -> tuple[list[RecordedLoss], dict[str, Tensor], RandomState | None]:
-        """The step's losses, their gradient, and the generators' states after them."""
+    def _gradient(self, step: Step, snapshot: Snapshot, *, keep_tape: bool = False) -> _Ran:
+        """Run a step's micro-batches."""
         self.program.bind(snapshot.state.params)
         self._restore_buffers(snapshot.buffers)
-        random = snapshot.random
+        random = dict(snapshot.random)
+        left: Mapping[str, Tensor] | None = None
+        rank = 0
         losses: list[RecordedLoss] = []
-        grads: list[dict[str, Tensor]] = []
+        grads: list[tuple[int, Params]] = []
         for micro in step.micro_batches:
-            before = (micro.random or random) if micro.draws else None
+            if micro.rank != rank:  # DDP gives every rank the buffers that rank 0 has
+                left = self._copy_buffers() if left is None else left
+                self._restore_buffers(snapshot.buffers)
+                rank = micro.rank
+            before = (micro.random or random.get(rank)) if micro.draws else None
             restorable = None if before is None else Restorable.of(before)
             loss = RecordedLoss(self.program, micro, restorable)
             gradient = self._run_taped(step, loss) if keep_tape else self._run(step, loss)
             if micro.draws:
-                random = self.program.random_now(host="numpy" in (before or {}))
+                random[rank] = self.program.random_now(host="numpy" in (before or {}))
             if gradient is not None:
                 losses.append(loss)
-                grads.append(gradient)
-        return losses, self._accumulate(grads, step.loss_scale), random
+                grads.append((rank, gradient))
+        left = self._copy_buffers() if left is None else left
+        return _Ran(losses, self._total(grads, step.loss_scale), random, left)
 
     def _run(self, step: Step, loss: RecordedLoss) -> Params | None:
         """The gradient as training computed it, times the loss's scale; None without a loss."""
@@ -304,7 +321,7 @@ class Walker:
             return None
         names = self.program.trainable
         parameters = [self.program.parameters[name] for name in names]
-        value = value / loss.micro.accumulate * step.loss_scale
+        value = value / loss.micro.divisor * step.loss_scale
         grads = torch.autograd.grad(value, parameters, allow_unused=True)
         return {name: g for name, g in zip(names, grads, strict=True) if g is not None}
 
@@ -354,12 +371,9 @@ class Walker:
                 return False
         return bool(visit.map.losses)
 
-    def _accumulate(self, grads: list[dict[str, Tensor]], scale: float) -> dict[str, Tensor]:
-        """Add the micro-batches' gradients in order; a parameter that none used has none."""
-        have = {
-            name: [part[name] for part in grads if name in part] for name in self.program.trainable
-        }
-        total = {name: sum_of(parts) for name, parts in have.items() if parts}
+    def _total(self, grads: list[tuple[int, Params]], scale: float) -> Params:
+        """The gradient that the optimiser had; a parameter that no micro-batch used has none."""
+        total = total_gradient(grads, self.program.trainable)
         # The scale of the loss goes out by its reciprocal, as `torch.amp.GradScaler` does it.
         return total if scale == 1.0 else {name: g * (1.0 / scale) for name, g in total.items()}
 
@@ -416,7 +430,7 @@ class Walker:
             )
         ordered = {name: params[name] for name in self.program.names}
         counts = {name: int(checkpoint.meta["counts"][name]) for name in self.program.names}
-        return Snapshot(step, State(ordered, slots), counts, buffers, random or None)
+        return Snapshot(step, State(ordered, slots), counts, buffers, {0: random} if random else {})
 
     # ------------------------------------------------------------------ checks
 
@@ -480,8 +494,11 @@ class Walker:
     def _mismatch(self, step: Step, micro: MicroBatch, what: str) -> ReplayMismatchError:
         return ReplayMismatchError(
             f"The replay departs from the recorded run at step {step.number} (epoch {micro.epoch}, "
-            f"batch {micro.batch_idx}): {what}. {self._causes()}"
+            f"batch {micro.batch_idx}{self._whose(micro)}): {what}. {self._causes()}"
         )
+
+    def _whose(self, micro: MicroBatch) -> str:
+        return f", rank {micro.rank}" if micro.world_size > 1 else ""
 
     def _causes(self) -> str:
         hooks: list[Any] = list(self.trajectory.header.get("overridden_hooks", []))
@@ -494,6 +511,11 @@ class Walker:
             text += (
                 f" Or it is the rounding of `{self.program.recorded.name}`, which differs between "
                 "devices and numbers of threads, and adds up: replay where the run was recorded."
+            )
+        if self.trajectory.header["trainer"].get("world_size", 1) > 1:
+            text += (
+                " Several processes trained: a value that they exchange in training_step "
+                "(`all_gather`, `torch.distributed`) is not in the record either."
             )
         if hooks:
             names = ", ".join(f"`{hook}`" for hook in hooks)
@@ -511,8 +533,8 @@ def _returned(share: Tensor, micro: MicroBatch) -> Tensor:
         The loss.
     """
     recorded = share.new_tensor(float("nan") if micro.loss is None else micro.loss)
-    same = torch.equal(recorded / micro.accumulate, share)
-    return recorded if same else share * micro.accumulate
+    same = torch.equal(recorded / micro.divisor, share)
+    return recorded if same else share * micro.divisor
 
 
 def _difference(replayed: Tensor, stored: Tensor) -> float:

@@ -48,7 +48,10 @@ def test_any_step_can_be_taken_up(
     assert all(same(trajectory.checkpoint(t), state(t)) for t in (0, 16, 45))
     assert (trajectory.status, trajectory.header) == ("finished", {"seed": 8})
     trajectory.verify()
-    named = {stored.file for stored in (*trajectory._stored, *trajectory._checkpoints.values())}
+    named = {
+        stored.file
+        for stored in (*trajectory._logs[0].manifest.chunks, *trajectory._checkpoints.values())
+    }
     assert contents(target).keys() == {"manifest.json", *named}
     if not in_place:
         assert contents(recorded.directory) == before
@@ -88,7 +91,9 @@ def test_what_a_killed_writer_left_is_not_taken_for_a_part(
     (directory / "notes.txt").write_text("mine")
     trajectory = go_on(After(directory, 20, 20), directory, rich_step, state, 45)
     assert same(list(trajectory.steps()), [rich_step(t) for t in range(45)])
-    assert [chunk.file for chunk in trajectory._stored][2] == "steps-000010.safetensors"
+    assert [chunk.file for chunk in trajectory._logs[0].manifest.chunks][
+        2
+    ] == "steps-000010.safetensors"
     assert (directory / "notes.txt").read_text() == "mine"
     assert not (directory / "steps-000004.safetensors").exists()
     assert not (directory / "checkpoints" / "step-000000025.safetensors").exists()
@@ -139,10 +144,10 @@ def test_another_place_that_is_taken_is_left_alone(
 
 
 def test_only_what_the_steps_need_is_looked_at(recorded: Trajectory) -> None:
-    name = recorded._stored[-1].file
+    name = recorded._logs[0].manifest.chunks[-1].file
     content = bytearray((recorded.directory / name).read_bytes())
     content[-1] ^= 1
     (recorded.directory / name).write_bytes(content)
-    recorded.verify(recorded._stored[-1].first)
+    recorded.verify(recorded._logs[0].manifest.chunks[-1].first)
     with pytest.raises(TrajectoryError, match="is damaged"):
-        recorded.verify(recorded._stored[-1].first + 1)
+        recorded.verify(recorded._logs[0].manifest.chunks[-1].first + 1)
