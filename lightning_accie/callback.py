@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
+import warnings
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -14,12 +15,14 @@ from lightning_accie.arguments import check_arguments
 from lightning_accie.capture import resume
 from lightning_accie.capture.directory import choose
 from lightning_accie.capture.indices import IndexRecorder
+from lightning_accie.capture.opening import open_recording
+from lightning_accie.capture.processes import Processes
 from lightning_accie.capture.recorder import Recorder, describe
 from lightning_accie.capture.saved import SavedSteps, check_saver
 from lightning_accie.capture.self_check import FirstStep, QueryCheck, check_first_step
-from lightning_accie.capture.sink import FirstStepWatch, GuardedSink
+from lightning_accie.capture.sink import FirstStepWatch, FurtherRankSink, GuardedSink
 from lightning_accie.capture.support import check_module, check_trainer
-from lightning_accie.data import validation_loaders
+from lightning_accie.data import fitted_validation, validation_loaders
 from lightning_accie.engine import Describe, InfluenceEngine
 from lightning_accie.errors import InfluenceError, TrajectoryError
 from lightning_accie.estimators import Estimator, SgdIE, resolve_estimator
@@ -30,6 +33,7 @@ from lightning_accie.replay.walker import Snapshot
 from lightning_accie.reports import report_all
 from lightning_accie.scores import InfluenceScores
 from lightning_accie.scores_files import remove_scores
+from lightning_accie.trajectory.ranks import merged_step
 from lightning_accie.trajectory.sizes import parse_bytes
 from lightning_accie.trajectory.writer import TrajectoryWriter
 
@@ -162,6 +166,7 @@ class InfluenceCallback(CallbackBase):
         self._resumed_from: resume.Bookmark | None = None
         self._identity = ""
         self._lacking = ""
+        self._processes = Processes()
 
     @property
     def state_key(self) -> str:
@@ -233,34 +238,45 @@ class InfluenceCallback(CallbackBase):
 
     def _begin(self, trainer: Any, pl_module: Any) -> None:
         """Open the trajectory with the state as the first ``training_step`` finds it."""
-        assert self._recorder is not None
+        recorder = self._recorder
+        assert recorder is not None
         assert self._saved is not None
+        self._processes = Processes(trainer.global_rank, trainer.world_size)
         header = describe(trainer, pl_module, self._indices.sources, self._monitor_name)
         header |= {"id": resume.new_identity(), "resumed": []}
-        initial, start = self._recorder.initial(), trainer.global_step
+        initial, start = recorder.initial(), trainer.global_step
         late = start > 0 or self._resumed_from is not None
-        going_on = late and resume.go_on(
-            self._resumed_from, header, initial, trainer.world_size, start
-        )
+        going_on: resume.Continuation | None = None
+        if late:
+            going_on = self._processes.on_first(
+                lambda: resume.go_on(self._resumed_from, header, initial, trainer.world_size, start)
+            )
         after = going_on.after if going_on else None
         if going_on:
             header |= {"resumed": going_on.resumed}
             self._saved.begin(going_on.after.steps, going_on.saved)
-            self._recorder.steps = going_on.after.steps
-        self.directory = self._choose_directory(trainer, begins_late=late and not going_on)
-        self._writer = TrajectoryWriter(
+            recorder.steps = going_on.after.steps
+        self.directory = self._choose_directory(trainer, begins_late=late and going_on is None)
+        self._writer = open_recording(
             self.directory / "trajectory",
             header | self._saved.header(),
+            recorder.take(after.steps) if after else initial,
+            self._processes,
             disk_budget=self._disk_budget,
             overwrite=self.overwrite,
             after=after,
         )
-        if self.overwrite:  # the scores of the run that was there are not this one's
+        if self.overwrite and self._processes.first:
+            # The scores of the run that was there are not this one's.
             remove_scores(self.directory)
         self._identity = header["id"]
-        self._writer.checkpoint(self._recorder.take(after.steps) if after else initial)
         self._first = FirstStepWatch({**header, "resumed": []}, initial)
-        self._recorder.sink = GuardedSink(self._writer, self._first, self._stop_recording)
+        guarded = (self._writer, self._first, self._stop_recording)
+        recorder.sink = (
+            GuardedSink(*guarded)
+            if self._processes.first
+            else FurtherRankSink(*guarded, recorder.forget_random)
+        )
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """From here until it has stepped, the weights may be those of no step."""
@@ -285,17 +301,20 @@ class InfluenceCallback(CallbackBase):
             return
         self._first = None
         after = self._recorder.take(1, copy=True)
-        form = check_first_step(
-            FirstStep(first.header, first.step, first.before, after),
-            pl_module,
-            self._combined,
-            live=trainer,
-            datamodule=trainer.datamodule,
-            sample_losses=self.sample_losses,
-            probe=(resolve_estimator(self.estimator) or SgdIE()).probe,
-            check_query=self._query_check(trainer, pl_module),
-            device=trainer.strategy.root_device,
-            full_precision=self.full_precision,
+        steps = self._processes.share(first.step)
+        form = self._processes.on_first(
+            lambda: check_first_step(
+                FirstStep(first.header, merged_step(steps), first.before, after),
+                pl_module,
+                self._combined,
+                live=trainer,
+                datamodule=trainer.datamodule,
+                sample_losses=self.sample_losses,
+                probe=(resolve_estimator(self.estimator) or SgdIE()).probe,
+                check_query=self._query_check(trainer, pl_module),
+                device=trainer.strategy.root_device,
+                full_precision=self.full_precision,
+            )
         )
         self._update_header({"loss_form": form.to_json()}, at_once=False)
 
@@ -306,7 +325,7 @@ class InfluenceCallback(CallbackBase):
         return self._recorder.steps
 
     def _update_header(self, values: dict[str, Any], *, at_once: bool = True) -> None:
-        if self._writer is None or self._complete:
+        if self._writer is None or self._complete or not self._processes.first:
             return
         try:
             self._writer.update_header(values, at_once=at_once)
@@ -337,7 +356,8 @@ class InfluenceCallback(CallbackBase):
         if self._writer is None:  # the disk failed just there
             return
         try:
-            self._writer.checkpoint(self._recorder.take(self._recorder.steps))
+            if self._processes.first:
+                self._writer.checkpoint(self._recorder.take(self._recorder.steps))
             self._writer.close("finished")
             self._complete = True
         except TrajectoryError as error:
@@ -372,6 +392,8 @@ class InfluenceCallback(CallbackBase):
         """Leave strategy, loaders and optimiser as they were found."""
         self._detach()
         self._clean_up()
+        if stage == "fit":
+            self._processes.close()
 
     def _detach(self) -> None:
         if self._recorder is not None:
@@ -393,27 +415,42 @@ class InfluenceCallback(CallbackBase):
             self._writer.close("stopped", str(error))
             self._writer = None
         self._lacking = "The recording had stopped before the checkpoint was saved."
-        rank_zero_warn(
+        message = (
             f"InfluenceCallback stopped recording, training goes on: {error} The steps recorded "
             f"until here stay in {self.directory}; no ranking will be made at the end of `fit`."
         )
+        if self._processes.first:
+            rank_zero_warn(message)
+        else:
+            warnings.warn(f"Rank {self._processes.rank}: {message}", stacklevel=2)
 
     def _choose_directory(self, trainer: Any, *, begins_late: bool) -> Path:
         if self.dirpath is None and trainer.fast_dev_run:
-            self._temporary = Path(tempfile.mkdtemp(prefix="influence-"))
-            return self._temporary / "influence"
+            temporary = Path(self._processes.on_first(lambda: mkdtemp(prefix="influence-")))
+            self._temporary = temporary if self._processes.first else None
+            return temporary / "influence"
         # A run that goes on unattended must not fail for what it cannot go on with.
-        return choose(trainer, self.dirpath, beside=begins_late and not self.overwrite)
+        beside = begins_late and not self.overwrite
+        return choose(trainer, self.dirpath, self._processes, beside=beside)
 
     # ------------------------------------------------------------------ analysis
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Rank the samples, and report where the Trainer's loggers look."""
-        if self.run != "fit_end" or not self._complete or self.directory is None:
+        if self.run != "fit_end" or self.directory is None:
+            return
+        complete = self._processes.share(self._complete)
+        if not all(complete):
+            if self._complete and self._processes.first:
+                rank_zero_warn(
+                    f"No ranking is made: rank {complete.index(False)} stopped recording. "
+                    f"The steps until there are in {self.directory / 'trajectory'}; rank by them "
+                    "with `InfluenceEngine(trajectory, module, data).estimate()`."
+                )
             return
         self._indices.detach()
         try:
-            self._analyse(trainer, pl_module, self.directory)
+            self.scores = self._analysed(trainer, pl_module, self.directory)
         except KeyboardInterrupt:  # the training is done: a Ctrl-C here must not undo it
             why = "the analysis was interrupted."
         except InfluenceError as error:  # nor must an analysis that cannot be done
@@ -426,15 +463,23 @@ class InfluenceCallback(CallbackBase):
             "`InfluenceEngine(trajectory, module, data).estimate()`."
         )
 
-    def _analyse(self, trainer: Any, pl_module: Any, directory: Path) -> None:
-        validation = trainer.fit_loop.epoch_loop.val_loop
-        if self.query_dataloader is None:
-            validation.setup_data()  # where validation was never due
+    def _analysed(self, trainer: Any, pl_module: Any, directory: Path) -> InfluenceScores:
+        """Let rank 0 analyse the run."""
+        loaders, limits = None, None
+        if self.query_dataloader is None:  # on every rank: it may be a collective call
+            loaders, limits = fitted_validation(trainer)
+        return self._processes.on_first(
+            lambda: self._analyse(trainer, pl_module, directory, loaders, limits)
+        )
+
+    def _analyse(
+        self, trainer: Any, pl_module: Any, directory: Path, loaders: Any, limits: Any
+    ) -> InfluenceScores:
         engine = InfluenceEngine(
             directory / "trajectory",
             pl_module,
             self._combined,
-            val_dataloaders=validation._combined_loader,
+            val_dataloaders=loaders,
             sample_losses=self.sample_losses,
             memory_budget=self._memory_budget,
             progress=progress_like(trainer),
@@ -442,9 +487,9 @@ class InfluenceCallback(CallbackBase):
             device=trainer.strategy.root_device,
             live=trainer,
             datamodule=trainer.datamodule,
-            val_limits=validation._max_batches or None,
+            val_limits=limits,
         )
-        self.scores = engine.estimate(
+        scores = engine.estimate(
             self.monitor,
             self.estimator,
             query_dataloader=self.query_dataloader,
@@ -455,20 +500,22 @@ class InfluenceCallback(CallbackBase):
             describe=self.describe,
             loss_column=self.loss_column,
         )
-        if self.scores.info["interrupted"]:
+        if scores.info["interrupted"]:
             rank_zero_warn(
                 "The influence analysis was interrupted: the ranking stands as far as it had come, "
                 "with fewer samples replayed exactly."
             )
-        self._save(self.scores, directory)
+        self.scores = scores  # before what may yet fail
+        self._save(scores, directory)
         report_all(
             trainer.loggers,
-            self.scores,
+            scores,
             step=trainer.global_step,
             top_k=self.top_k,
             sample=engine.sample,
             console=self.console,
         )
+        return scores
 
     def _save(self, scores: InfluenceScores, directory: Path) -> None:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -10,7 +11,8 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch.utils._pytree import tree_unflatten
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
+from torch.utils.data.distributed import DistributedSampler
 
 from lightning_accie.errors import UnsupportedError
 from lightning_accie.replay.batches import fetch
@@ -61,7 +63,8 @@ def validation_loaders(data: Any) -> list[Any]:
     """List the validation dataloaders of a datamodule, or of what was passed.
 
     Returns:
-        The loaders; none where there are none.
+        The loaders; none where there are none. Each draws its whole dataset, also where several
+        processes were to share it.
 
     Raises:
         UnsupportedError: if a batch comes from several loaders at once.
@@ -70,7 +73,7 @@ def validation_loaders(data: Any) -> list[Any]:
     if loaders is None:
         return []
     if isinstance(loaders, DataLoader):
-        return [loaders]
+        return [undistributed(loaders)]
     if not _is_combined(loaders):
         loaders = CombinedLoader(loaders, "sequential")
     if loaders._mode != "sequential":
@@ -79,7 +82,57 @@ def validation_loaders(data: Any) -> list[Any]:
             "batches are put together from several loaders. Pass the loaders as a list, or one "
             "DataLoader as `query_dataloader=`."
         )
-    return list(loaders.flattened)
+    return [undistributed(loader) for loader in loaders.flattened]
+
+
+def fitted_validation(trainer: Any) -> tuple[Any, list[int | float] | None]:
+    """Find the validation data of the Trainer whose `fit` is at its end.
+
+    Args:
+        trainer: the Trainer. Where several processes trained this may be a collective call.
+
+    Returns:
+        The dataloaders, None where there are none, and the batches to take from each, or None.
+    """
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    if trainer.world_size == 1:
+        loop.setup_data()  # where validation was never due
+        return loop._combined_loader, loop._max_batches or None
+    if not trainer.enable_validation or not loop._data_source.is_defined():
+        return None, None
+    # What the loop has is one process's share. (A CombinedLoader is changed in place, so the
+    # share may be in here too.)
+    loaders = validation_loaders(loop._data_source.dataloader())
+    limit = trainer.limit_val_batches
+    if isinstance(limit, int):
+        return loaders, [limit] * len(loaders)
+    # As the Trainer has it; 1.0 also goes for loaders without a length.
+    return loaders, None if limit == 1.0 else [int(len(loader) * limit) for loader in loaders]
+
+
+def undistributed(loader: Any) -> Any:
+    """Let a dataloader that draws one process's share of its dataset draw all of it.
+
+    Args:
+        loader: a DataLoader, or any iterable of batches; it is left as it is.
+
+    Returns:
+        A twin without the ``DistributedSampler``; the loader itself where it has none.
+    """
+    if not isinstance(loader, DataLoader):
+        return loader
+    batches: Any = loader.batch_sampler
+    sampler: Any = getattr(batches, "sampler", loader.sampler)
+    if not isinstance(sampler, DistributedSampler):
+        return loader
+    # Lightning wraps a sampler of the user's own as the "dataset" of a distributed one.
+    whole = getattr(sampler.dataset, "_sampler", None) or SequentialSampler(sampler.dataset)  # type: ignore[arg-type]
+    twin = copy.copy(loader)
+    twin.__dict__["sampler"] = whole  # a DataLoader takes no other samplers once it is made
+    if batches is not None:
+        twin.__dict__["batch_sampler"] = batches = copy.copy(batches)
+        batches.sampler = whole
+    return twin
 
 
 def _own_validation(datamodule: Any) -> Any:

@@ -5,29 +5,35 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from lightning_accie.capture.processes import Processes
 from lightning_accie.errors import TrajectoryError
 from lightning_accie.trajectory.files import MANIFEST
 
 
-def choose(trainer: Any, dirpath: Path | None, *, beside: bool) -> Path:
-    """Choose where a `fit` is recorded.
+def choose(trainer: Any, dirpath: Path | None, processes: Processes, *, beside: bool) -> Path:
+    """Choose where a `fit` is recorded; collective.
 
     Args:
         trainer: the Trainer.
         dirpath: the user's choice, if there is one.
+        processes: of the run.
         beside: whether to go beside a trajectory that is there already.
 
     Returns:
-        ``dirpath``, or a new directory.
+        ``dirpath``, or a new directory; the same on every process.
 
     Raises:
         TrajectoryError: where no directory can be made.
     """
     if dirpath is None:
-        return make_numbered(Path(trainer.log_dir or trainer.default_root_dir), "influence")
-    if beside and (dirpath / "trajectory" / MANIFEST).exists():
-        return make_numbered(dirpath.parent, dirpath.name)
-    return dirpath
+        root = Path(trainer.log_dir or trainer.default_root_dir)  # on every rank: it broadcasts
+        return processes.on_first(lambda: make_numbered(root, "influence"))
+    return processes.on_first(lambda: _beside(dirpath) if beside else dirpath)
+
+
+def _beside(dirpath: Path) -> Path:
+    taken = (dirpath / "trajectory" / MANIFEST).exists()
+    return make_numbered(dirpath.parent, dirpath.name) if taken else dirpath
 
 
 def make_numbered(root: Path, name: str) -> Path:

@@ -27,6 +27,7 @@ _FACTS = (
     "world_size",
     "global_rank",
     "num_devices",
+    "num_nodes",
 )
 
 
@@ -128,6 +129,7 @@ class Recorder:
         self._draws = DrawWatch(device if device.type == "cuda" else None)
         self._open: Callable[..., MicroBatch] | None = None
         self._due = False
+        self._fresh = True
         self._pieces: tuple[Piece, ...] = ()
         self._batch_idx = 0
         self._pending: list[MicroBatch] = []
@@ -223,6 +225,10 @@ class Recorder:
         if self._due:
             self._emit()
 
+    def forget_random(self) -> None:
+        """Let a replay begin here without the generators' states that a checkpoint would hold."""
+        self._draws.forget()
+
     def settle(self) -> None:
         """Complete the record of the last step, if it is still open."""
         # Other code may have drawn since, so what the generators are at now is not the call's doing.
@@ -261,7 +267,7 @@ class Recorder:
         self._note_settings(optimizer.param_groups)
         self._due = True
         keep = self.sink.wants_checkpoint(self.steps + 1)
-        if keep:
+        if keep or self._fresh:  # the first step is complete at once: all ranks check it together
             self._close(self._draws.settle(right_after=True))
         if self._due and self._open is None:
             self._emit()
@@ -284,7 +290,7 @@ class Recorder:
         assert self.sink is not None
         step = Step(self.steps, tuple(self._pending), self._settings, self._scale)
         self._pending.clear()
-        self._due = False
+        self._due = self._fresh = False
         self.steps += 1
         self.sink.append(step)
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lightning_accie.errors import TrajectoryError
+from lightning_accie.trajectory.checkpoints import is_candidate
 from lightning_accie.trajectory.records import Checkpoint, Step
 from lightning_accie.trajectory.writer import TrajectoryWriter
 
@@ -57,3 +58,36 @@ class GuardedSink:
             self._writer.checkpoint(checkpoint)
         except TrajectoryError as error:
             self._stop(error)
+
+
+class FurtherRankSink(GuardedSink):
+    """The same on a rank that keeps no checkpoints: those of rank 0 are its own as well.
+
+    All but the generators' states, which each rank has for itself. Where rank 0 may keep a
+    checkpoint the recorder is made to forget the states that it knows to be recorded, so that a
+    replay from there finds the next one in the log.
+
+    Args:
+        writer: the rank's writer.
+        first: gets the first step too.
+        stop: what to call with the writer's error.
+        forget: what to call where a checkpoint may be.
+    """
+
+    def __init__(
+        self,
+        writer: TrajectoryWriter,
+        first: FirstStepWatch,
+        stop: Callable[[TrajectoryError], None],
+        forget: Callable[[], None],
+    ) -> None:
+        super().__init__(writer, first, stop)
+        self._forget = forget
+
+    def wants_checkpoint(self, step: int) -> bool:
+        """Tell whether rank 0 may keep the state before ``step``."""
+        return is_candidate(step)
+
+    def checkpoint(self, checkpoint: Checkpoint) -> None:
+        """Forget the generators' states instead."""
+        self._forget()

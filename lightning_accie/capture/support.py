@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from lightning_accie.capture.strategy import check_strategy, check_synchronised
 from lightning_accie.errors import UnsupportedError
 from lightning_accie.replay.precision import PRECISIONS
 from lightning_accie.replay.update_rules import rule_for
@@ -42,18 +43,7 @@ def check_trainer(trainer: Any, callback: Any) -> None:
     Raises:
         UnsupportedError: naming the setting, and what to do instead.
     """
-    strategy = type(trainer.strategy).__name__
-    if trainer.world_size > 1:
-        raise UnsupportedError(
-            f"InfluenceCallback records single-process runs, but this Trainer runs "
-            f"{trainer.world_size} processes (strategy `{strategy}`). Train with `devices=1`, or "
-            "leave the callback out of this run."
-        )
-    if strategy != "SingleDeviceStrategy":
-        raise UnsupportedError(
-            f"The strategy `{strategy}` cannot be recorded: it may shard or change the weights. "
-            'Use `strategy="auto"` with `devices=1`.'
-        )
+    check_strategy(trainer.strategy)
     precision = str(trainer.precision)
     if precision not in PRECISIONS:
         sixteen = precision in ("16-true", "bf16-true")
@@ -110,6 +100,7 @@ def check_module(trainer: Any, module: Any) -> None:
             "The module has lazy parameters that are not initialised yet. Run one batch through it "
             "before `fit`."
         )
+    check_synchronised(trainer, module)
 
 
 def step_arguments(module: Any) -> list[str]:

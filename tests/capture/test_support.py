@@ -19,7 +19,6 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_accie import InfluenceCallback, UnsupportedError
-from lightning_accie.capture.support import check_trainer
 from tests.problems import Classifier, classification, quiet_trainer, sgd, smooth_net
 
 
@@ -118,12 +117,6 @@ def test_weights_in_16_bits(tmp_path: Path, precision: str) -> None:
     module = Classifier(nn.Linear(4, 3), sgd())
     words = [f'precision="{precision}"', "16 bits", "32-true", "bf16-mixed"]
     refused(tmp_path, module, *words, precision=precision)
-
-
-def test_several_processes(tmp_path: Path) -> None:
-    trainer = quiet_trainer(tmp_path, devices=2, strategy="ddp")
-    with pytest.raises(UnsupportedError, match=r"2 processes .*`DDPStrategy`.*`devices=1`"):
-        check_trainer(trainer, None)
 
 
 def test_double_precision_is_replayed_to_the_bit(tmp_path: Path) -> None:

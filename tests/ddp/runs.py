@@ -1,0 +1,27 @@
+"""All that two processes do for these tests, in one go: starting them takes longest.
+
+With ``whole``, every kind of loader is dealt out, every case trained, one resumed, and rank 0 killed in
+an analysis.
+With ``faults``, everything else goes wrong, and rank 1 is killed in training.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from tests.ddp import deal, faults, resume, train
+
+
+def main(root: Path, what: str) -> None:
+    if what == "whole":
+        deal.main(root)
+        train.main(root)
+        resume.main(root)
+        faults.killed_in_analysis(root)
+    else:
+        faults.main(root)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])
