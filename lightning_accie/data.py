@@ -140,23 +140,22 @@ def _own_validation(datamodule: Any) -> Any:
     return None if own.__qualname__.startswith("DataHooks.") else datamodule.val_dataloader()
 
 
-def first_batch(loader: Any) -> list[Any]:
-    """Fetch a loader's first batch in this process, without starting its workers.
+def first_batches(loader: Any, count: int) -> list[Any]:
+    """Fetch a loader's first batches in this process, without starting its workers.
 
     Args:
         loader: a DataLoader, or any iterable of batches.
+        count: how many.
 
     Returns:
-        The batch in a list; an empty list where the loader has none.
+        The batches; fewer where the loader has fewer.
     """
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
-        return list(islice(iter(loader), 1))
+        return list(islice(iter(loader), count))
     collates = loader.batch_sampler is not None
     sampler: Any = loader.batch_sampler if collates else loader.sampler
-    drawn = next(iter(sampler), None)
-    if drawn is None:
-        return []
-    return [fetch(loader, list(drawn) if collates else [drawn])]
+    draws = islice(iter(sampler), count)
+    return [fetch(loader, list(drawn) if collates else [drawn]) for drawn in draws]
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from lightning_accie.data import first_batch, kept_generators
+from lightning_accie.data import first_batches, kept_generators
 from lightning_accie.errors import QueryError
 from lightning_accie.logged import LogCatcher, Logged, WeightedMean
 from lightning_accie.replay import random_state
@@ -32,6 +32,8 @@ from lightning_accie.replay.random_state import Restorable
 from lightning_accie.replay.state import Params, tree_bytes
 from lightning_accie.replay.walker import Snapshot
 
+_TRIED = 32
+"""First batches of every loader that are searched for a monitor, before it is refused."""
 QueryFunction = Callable[[Any, Any], Tensor]
 """``query(module, batch) -> scalar``: the user's own query on one batch."""
 
@@ -128,12 +130,26 @@ class ModuleQuery:
         Returns:
             The value; for a logged name, what `Trainer.validate` reports.
         """
+        return self._finished(self._mean(params))
+
+    def logged(self, params: Params) -> bool:
+        """Tell whether any batch gives a value.
+
+        Args:
+            params: θ.
+
+        Returns:
+            Whether there is one; a name may be logged for some batches only.
+        """
+        return self._mean(params).weight != 0.0
+
+    def _mean(self, params: Params) -> WeightedMean:
         self._bind(params)
         mean = WeightedMean()
         with torch.no_grad(), self._same_draws():
             for place in self._places():
                 mean.add(float(self._run(place)), self._weight(place))
-        return self._finished(mean)
+        return mean
 
     def gradient(self, params: Params) -> Params:
         """∇q(θ).
@@ -362,7 +378,9 @@ def check_query(
     loaders: Sequence[Any],
     snapshot: Snapshot,
 ) -> None:
-    """Measure the query and its gradient on one batch of every loader.
+    """Measure the query and its gradient on one batch of every loader, or on the first few.
+
+    A name may be logged for some batches only, and not for the first ones.
 
     Args:
         program: the module's training step.
@@ -374,13 +392,17 @@ def check_query(
     Raises:
         QueryError: if the query will not be measurable at the end of the run.
     """
-    with random_state.isolated(), kept_generators(loaders):
-        batches = [first_batch(loader) for loader in loaders]
-    query = ModuleQuery(
-        program, module, monitor, batches, buffers=snapshot.buffers, memory_budget=2**26
-    )
-    query.value(snapshot.state.params)
-    query.gradient(snapshot.state.params)
+    params = snapshot.state.params
+    for count in (1, _TRIED):
+        with random_state.isolated(), kept_generators(loaders):
+            batches = [first_batches(loader, count) for loader in loaders]
+        query = ModuleQuery(
+            program, module, monitor, batches, buffers=snapshot.buffers, memory_budget=2**26
+        )
+        if query.logged(params):
+            break
+    query.value(params)
+    query.gradient(params)
 
 
 @dataclass(frozen=True)

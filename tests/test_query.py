@@ -398,7 +398,7 @@ class Counted(TensorDataset):
 
 
 def test_an_unknown_name_is_refused_within_the_first_step(tmp_path: Path) -> None:
-    """From one batch, without workers and without drawing."""
+    """From its first batches, without workers and without drawing."""
     data = Counted(X, Y)
     valid = DataLoader(data, batch_size=4, num_workers=1, shuffle=True)
     module = Classifier(smooth_net(), sgd())
@@ -414,7 +414,7 @@ def test_an_unknown_name_is_refused_within_the_first_step(tmp_path: Path) -> Non
             callback={"run": "fit_end", "monitor": "loss"},
         )
     assert module.trainer.global_step == 1
-    assert len(data.read) == 4
+    assert len(data.read) == 4 + 11  # the first batch, then up to 32 of them
 
 
 class Twice(Classifier):
@@ -470,3 +470,71 @@ def test_validation_batches_from_several_loaders_at_once(tmp_path: Path) -> None
             both,
             callback={"run": "fit_end"},
         )
+
+
+# ---------------------------------------------------------------------- some batches, some loaders
+
+
+class LogsWhere(Classifier):
+    """Logs the loss for the batches and loaders that it is told."""
+
+    def __init__(self, where: Any) -> None:
+        super().__init__(smooth_net(), sgd())
+        self.where = where
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        x, y = batch
+        if self.where(batch_idx, dataloader_idx):
+            self.log("val_loss", self.loss(self.net(x), y))
+
+
+def valid(n: int) -> DataLoader[Any]:
+    return DataLoader(classification(n, seed=3), batch_size=4)
+
+
+def fit_to_the_end(root: Path, module: Classifier, val: Any, monitor: str) -> Any:
+    influence = InfluenceCallback(monitor, console=False, verify=4, top_k=2)
+    trainer = quiet_trainer(root, callbacks=[influence], max_epochs=2)
+    trainer.fit(module, DataLoader(classification(24), batch_size=6, shuffle=True), val)
+    assert influence.scores is not None
+    return influence.scores, trainer.callback_metrics
+
+
+@pytest.mark.filterwarnings("ignore:Total length of")
+@pytest.mark.parametrize(
+    ("where", "sizes", "monitor"),
+    [
+        (lambda batch, loader: batch % 2 == 1, [11], "val_loss"),
+        (lambda batch, loader: batch == 2, [11], "val_loss"),
+        (lambda batch, loader: batch == 20, [90], "val_loss"),
+        (lambda batch, loader: loader == 1, [11, 7], "val_loss/dataloader_idx_1"),
+        (lambda batch, loader: batch == loader, [11, 7], "val_loss/dataloader_idx_0"),
+        (lambda batch, loader: True, [11, 0], "val_loss/dataloader_idx_0"),
+    ],
+)
+def test_a_monitor_of_some_batches_or_loaders(
+    tmp_path: Path, where: Any, sizes: list[int], monitor: str
+) -> None:
+    val = [valid(n) for n in sizes] if len(sizes) > 1 else valid(sizes[0])
+    scores, metrics = fit_to_the_end(tmp_path, LogsWhere(where), val, monitor)
+    assert scores.info["query_value"] == pytest.approx(float(metrics[monitor]), rel=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:Total length of")
+@pytest.mark.parametrize(
+    ("where", "sizes", "monitor", "words"),
+    [
+        (lambda batch, loader: False, [11], "val_loss", "logs nothing"),
+        (lambda batch, loader: True, [11], "val_los", "logs `val_loss`"),
+        (lambda batch, loader: True, [11, 7], "val_loss", "`val_loss/dataloader_idx_0`"),
+        (lambda batch, loader: True, [11, 0], "val_loss/dataloader_idx_1", "not logged"),
+        (lambda batch, loader: True, [0], "val_loss", "no validation data"),
+        (lambda batch, loader: True, [], "val_loss", "no validation data"),
+    ],
+)
+def test_a_monitor_that_is_nowhere(
+    tmp_path: Path, where: Any, sizes: list[int], monitor: str, words: str
+) -> None:
+    val = [valid(n) for n in sizes]
+    with pytest.raises(QueryError, match=words):
+        fit_to_the_end(tmp_path, LogsWhere(where), val, monitor)
