@@ -1,4 +1,4 @@
-"""What the arguments of `InfluenceCallback` may be."""
+"""What the arguments of `InfluenceCallback` and `InfluenceEngine` may be."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_accie.estimators import ESTIMATORS, Estimator
+from lightning_accie.trajectory.reader import Trajectory
 from lightning_accie.trajectory.sizes import parse_bytes
 
 RUNS = ("fit_end", "manual")
@@ -16,7 +18,7 @@ ENDS = ("last", "best")
 
 
 def check_arguments(**given: Any) -> None:
-    """Look at every argument.
+    """Look at every argument of the callback.
 
     Args:
         given: the arguments by name.
@@ -24,10 +26,31 @@ def check_arguments(**given: Any) -> None:
     Raises:
         MisconfigurationException: for the first that will not do, naming it and its value.
     """
+    complaint = _complaint(given)
+    if complaint:
+        raise MisconfigurationException(complaint)
+
+
+def check_engine_arguments(**given: Any) -> None:
+    """Look at arguments of the engine.
+
+    Args:
+        given: the arguments by name.
+
+    Raises:
+        ValueError: for the first that will not do, naming it and its value.
+    """
+    complaint = _complaint(given)
+    if complaint:
+        raise ValueError(complaint)
+
+
+def _complaint(given: dict[str, Any]) -> str:
     for name, value in given.items():
         fits, wanted = _RULES[name]
         if not fits(value):
-            raise MisconfigurationException(f"`{name}` must be {wanted}, got {value!r}.")
+            return f"`{name}` must be {wanted}, got {value!r}."
+    return ""
 
 
 def _whole(least: int) -> Callable[[Any], bool]:
@@ -57,12 +80,36 @@ def _loaders(value: Any) -> bool:
     return value is None or (isinstance(value, Iterable) and not isinstance(value, (str, bytes)))
 
 
+def _data(value: Any) -> bool:
+    return hasattr(value, "train_dataloader") or (value is not None and _loaders(value))
+
+
+def _monitor(value: Any) -> bool:
+    return (isinstance(value, str) and value != "") or callable(value)
+
+
+def _path(value: Any) -> bool:
+    return isinstance(value, (str, Path)) and str(value) != ""
+
+
+def _device(value: Any) -> bool:
+    try:
+        torch.device(value)
+    except (RuntimeError, TypeError):
+        return False
+    return isinstance(value, (str, torch.device))
+
+
 _Rule = tuple[Callable[[Any], bool], str]
 _SIZE: _Rule = (_size, 'a number of bytes, or a text such as "2GB" or "512MiB"')
 _RULES: dict[str, _Rule] = {
     "monitor": (
-        lambda value: (isinstance(value, str) and value != "") or callable(value),
+        _monitor,
         "a name that `validation_step` logs or a callable(module, batch) -> scalar",
+    ),
+    "query": (
+        lambda value: value is None or _monitor(value),
+        "a name that `validation_step` logs, a callable(module, batch) -> scalar, or None",
     ),
     "estimator": (
         lambda value: isinstance(value, Estimator) or _one_of("auto", *ESTIMATORS)(value),
@@ -72,9 +119,24 @@ _RULES: dict[str, _Rule] = {
     "top_k": (_whole(1), "an integer of at least 1"),
     "verify": (_whole(0), "an integer of at least 0"),
     "run": (_one_of(*RUNS), f"one of {', '.join(map(repr, RUNS))}"),
-    "dirpath": (
-        lambda value: value is None or (isinstance(value, (str, Path)) and str(value) != ""),
-        "a path",
+    "dirpath": (lambda value: value is None or _path(value), "a path"),
+    "trajectory": (
+        lambda value: _path(value) or isinstance(value, Trajectory),
+        "a trajectory's directory, or an open Trajectory",
+    ),
+    "module": (
+        lambda value: isinstance(value, torch.nn.Module) and hasattr(value, "training_step"),
+        "the LightningModule that was trained",
+    ),
+    "data": (_data, "a LightningDataModule, a DataLoader, or a collection of them"),
+    "val_dataloaders": (
+        lambda value: hasattr(value, "val_dataloader") or _loaders(value),
+        "a DataLoader, a collection of them, or a LightningDataModule",
+    ),
+    "device": (_device, 'a device such as "cpu" or "cuda"'),
+    "progress": (
+        lambda value: isinstance(value, bool) or callable(getattr(value, "task", None)),
+        "True, False, or an object with a method `task(description, total)`",
     ),
     "overwrite": (_yes_or_no, "True or False"),
     "disk_budget": _SIZE,

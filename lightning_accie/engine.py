@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_accie.arguments import check_engine_arguments
 from lightning_accie.capture.snapshot import same_names
 from lightning_accie.data import set_up, training_loaders, validation_loaders
 from lightning_accie.errors import QueryError, TrajectoryError
@@ -60,6 +61,7 @@ class InfluenceEngine:
     Raises:
         TrajectoryError: if the trajectory cannot be read, is empty, or belongs to another module.
         UnsupportedError: if the data or the optimiser cannot be replayed.
+        ValueError: if an argument has a wrong type or value.
 
     Example:
         >>> engine = InfluenceEngine("logs/influence/trajectory", model, datamodule)  # doctest: +SKIP
@@ -83,6 +85,17 @@ class InfluenceEngine:
         datamodule: Any = None,
         val_limits: list[int | float] | None = None,
     ) -> None:
+        check_engine_arguments(
+            trajectory=trajectory,
+            module=module,
+            data=data,
+            val_dataloaders=val_dataloaders,
+            sample_losses=sample_losses,
+            memory_budget=memory_budget,
+            device=device,
+            progress=progress,
+            full_precision=full_precision,
+        )
         if not isinstance(trajectory, Trajectory):
             trajectory = Trajectory.open(trajectory)
         self.trajectory = trajectory
@@ -275,12 +288,18 @@ class InfluenceEngine:
         Raises:
             QueryError: if the query is not found or cannot be differentiated.
             ReplayMismatchError: if the replay departs from the recorded run.
-            ValueError: if an argument is out of range.
+            ValueError: if an argument has a wrong type or value.
         """
-        if verify < 0 or top_k < 1:
-            raise ValueError(
-                f"`verify` must be at least 0 and `top_k` at least 1, got {verify} and {top_k}."
-            )
+        check_engine_arguments(
+            query=query,
+            estimator=estimator,
+            query_dataloader=query_dataloader,
+            verify=verify,
+            top_k=top_k,
+            seed=seed,
+            describe=describe,
+            loss_column=loss_column,
+        )
         chosen = resolve_estimator(estimator)
         with random_state.isolated(self._cuda), torch.compiler.set_stance("force_eager"):
             replay = self.replay(query, query_dataloader, at=at)

@@ -68,7 +68,7 @@ class InfluenceScores:
 
     Raises:
         ValueError: if the fields do not fit together, naming the one that does not.
-        TypeError: if a column holds what is not a single value, naming the column.
+        TypeError: if a field has a wrong type, or a column holds what is not a single value, naming it.
 
     Example:
         >>> scores = InfluenceScores(
@@ -101,7 +101,11 @@ class InfluenceScores:
     rank: Tensor | None = None
 
     def __post_init__(self) -> None:
-        count = len(self.index)
+        for name, tensor in self._tensors().items():
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"`{name}` must be a tensor, got {tensor!r}.")
+        self._check_others()
+        count = len(self.index) if self.index.dim() else -1
         for name, tensor in self._tensors().items():
             dtype = _DTYPES.get(name, torch.int64)
             if tensor.shape != (count,) or tensor.dtype != dtype:
@@ -117,6 +121,19 @@ class InfluenceScores:
             raise ValueError("`influence` must be the exact figure where `exact` has one.")
         columns = {name: _column(name, self.columns[name], count) for name in self.columns}
         object.__setattr__(self, "columns", columns)
+
+    def _check_others(self) -> None:
+        kinds: dict[str, tuple[Any, Any, str]] = {
+            "estimator": ((tuple, list), str, "texts"),
+            "agreement": ((tuple, list), Agreement, "agreements"),
+            "columns": (Mapping, object, "names"),
+            "info": (Mapping, str, "texts"),
+        }
+        for name, (kind, inner, words) in kinds.items():
+            value = getattr(self, name)
+            if not isinstance(value, kind) or not all(isinstance(item, inner) for item in value):
+                what = f"a mapping from {words}" if kind is Mapping else f"a tuple of {words}"
+                raise TypeError(f"`{name}` must be {what}, got {value!r}.")
 
     def __len__(self) -> int:
         return len(self.index)
@@ -366,6 +383,8 @@ class InfluenceScores:
 
 
 def _count(k: int) -> int:
+    if type(k) is not int:
+        raise ValueError(f"`k` must be an integer, got {k!r}.")
     if k < 0:
         raise ValueError(f"`k` must be at least 0, got {k}.")
     return k
@@ -376,7 +395,7 @@ def _column(name: Any, values: Any, count: int) -> list[Any]:
         raise ValueError(
             f"A column cannot be called {name!r}: names are texts, other than {', '.join(_TABLE)}."
         )
-    if isinstance(values, (str, bytes)) or len(values) != count:
+    if isinstance(values, (str, bytes)) or not hasattr(values, "__len__") or len(values) != count:
         raise ValueError(f"The column {name!r} must hold {count} values, one a sample.")
     return [_scalar(name, value) for value in values]
 

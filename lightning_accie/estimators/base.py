@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any, Protocol
 
 import torch
@@ -200,10 +201,21 @@ def check_candidates(candidates: Candidates) -> Candidates:
             "`candidates` must be None (every sample), a count (the strongest by SGD-IE) or sample "
             f"indices, got {candidates!r}."
         )
-    numbers = torch.as_tensor(list(candidates))
-    if numbers.numel() == 0 or numbers.is_floating_point() or int(numbers.min()) < 0:
-        raise ValueError("`candidates` must hold at least one index, all of them integers from 0.")
-    return torch.unique(numbers.to(torch.int64))
+    given = candidates.tolist() if isinstance(candidates, Tensor) else list(candidates)
+    given = given if isinstance(given, list) else [given]
+    if not given or not all(_is_index(number) for number in given):
+        raise ValueError(
+            "`candidates` must hold at least one index, all of them integers from 0, got "
+            f"{candidates!r}."
+        )
+    return torch.unique(torch.tensor([int(number) for number in given]))
+
+
+def _is_index(number: Any) -> bool:
+    """Whether it is an integer from 0, of Python or NumPy, or a tensor of one."""
+    if isinstance(number, Tensor) and number.dim() == 0:
+        number = number.item()
+    return isinstance(number, Integral) and not isinstance(number, bool) and int(number) >= 0
 
 
 def candidates_to_json(candidates: Candidates) -> Any:
