@@ -93,7 +93,7 @@ class InfluenceCallback(CallbackBase):
 
     def __init__(
         self,
-        monitor: str | QueryFunction = "val_loss",
+        monitor: QueryFunction | str = "val_loss",  # LightningCLI tries an import path first
         *,
         estimator: str | Estimator = "auto",
         at: str = "last",

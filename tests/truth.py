@@ -19,24 +19,25 @@ def retrain(
     *,
     rates: Sequence[float] | None = None,
     clip: tuple[str, float] | None = None,
-    accumulate: int = 1,
+    accumulate: int | Sequence[int] = 1,
     loss: Callable[..., Tensor] = F.cross_entropy,
 ) -> nn.Module:
     """Train ``net`` in place by torch's own optimiser and clipping.
 
     ``batches[t]`` lists step t's micro-batches; sample i's loss is multiplied by ``weights[i]``, and
     the denominator stays the number of samples, times
-    ``accumulate`` (also in a partial last window, as Lightning has it).
+    ``accumulate`` (also in a partial last window, as Lightning has it), which may be one a step.
     """
     x, y = data
     optimizer = configure(list(net.parameters()))
     for t, step in enumerate(batches):
         optimizer.zero_grad()
+        window = accumulate if isinstance(accumulate, int) else accumulate[t]
         for micro in step:
             index = torch.tensor(list(micro))
             losses = loss(net(x[index]), y[index], reduction="none")
             losses = losses.reshape(len(index), -1).mean(1)
-            total = (losses * weights[index]).sum() / len(index) / accumulate
+            total = (losses * weights[index]).sum() / len(index) / window
             total.backward()
         if clip is not None:
             if clip[0] == "norm":

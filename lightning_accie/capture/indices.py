@@ -314,27 +314,37 @@ class _LoaderTap:
 
     def __init__(self, trainer: Trainer) -> None:
         self.users: set[IndexRecorder] = set()
-        self.sources: list[DataLoader] = []
         self.delivered: deque[tuple[Piece, ...]] = deque()
         self._trainer = trainer
         self._patched: list[weakref.ref[Any]] = []
         self._in_setup = False
+        self._seen: list[DataLoader] = []
         self._process = trainer.strategy.process_dataloader
         self._replaced = vars(trainer.strategy).get("process_dataloader")
         trainer.strategy.process_dataloader = self  # type: ignore[method-assign]
 
     def __call__(self, dataloader: object) -> object:
         dataloader = self._process(dataloader)
-        if self.users and self._trainer.training:
+        # The tuner of batch sizes sets validation loaders up while the Trainer is `training`; that is
+        # when Lightning would not set up loaders for training.
+        loop = self._trainer.fit_loop
+        due = loop._combined_loader is None or loop._should_reload_train_dl
+        if self.users and self._trainer.training and due:
             self._watch_loader(dataloader)
         return dataloader
 
+    @property
+    def sources(self) -> list[DataLoader]:
+        """The flattened training loaders, in order."""
+        combined = self._trainer.fit_loop._combined_loader
+        return [] if combined is None else list(combined.flattened)
+
     def _watch_loader(self, dataloader: Any) -> None:
         if not self._in_setup:
-            self._in_setup, self.sources = True, []
-        check_loader(dataloader, source=len(self.sources))
-        _check_shared_iterator(dataloader, self.sources)
-        self.sources.append(dataloader)
+            self._in_setup, self._seen = True, []
+        check_loader(dataloader, source=len(self._seen))
+        _check_shared_iterator(dataloader, self._seen)
+        self._seen.append(dataloader)
         self._put_in_front(dataloader, _recording_loader)
 
     def watch_combined(self) -> None:

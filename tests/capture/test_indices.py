@@ -258,6 +258,7 @@ def test_tuners_are_passed_over(
     make_trainer(pl, callbacks, default_root_dir=tmp_path).fit(module)
     assert len(module.losses) > len(module.seen) >= math.ceil(10 / module.batch_size)
     assert callback.claimed == module.seen
+    assert callback.recorder.sources == tree_leaves(module.trainer.train_dataloader)
 
 
 @both_workers
