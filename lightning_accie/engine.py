@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lightning_accie.arguments import check_engine_arguments
@@ -17,14 +18,14 @@ from lightning_accie.errors import QueryError, TrajectoryError
 from lightning_accie.estimators import Estimator, resolve_estimator
 from lightning_accie.estimators.base import NoProgress, Progress, Replay
 from lightning_accie.estimators.losses import training_losses
-from lightning_accie.estimators.measure import choose_mapping, choose_product
+from lightning_accie.estimators.measure import Ladder, choose_ways
 from lightning_accie.progress import RichProgress
 from lightning_accie.query import ModuleQuery, QueryFunction
 from lightning_accie.ranking import Ranking
 from lightning_accie.replay import random_state
 from lightning_accie.replay.batches import BatchSource
 from lightning_accie.replay.module import SampleLosses, TrainingProgram
-from lightning_accie.replay.probe import find_loss_form
+from lightning_accie.replay.probe import check_derivatives, find_loss_form
 from lightning_accie.replay.walker import Walker
 from lightning_accie.scores import InfluenceScores
 from lightning_accie.trajectory.reader import Trajectory
@@ -309,13 +310,15 @@ class InfluenceEngine:
                     f"`{replay.query.name}` is {value} at the end of the run, so nothing can be "
                     f"ranked by it: {self._why_not_finite(replay)}"
                 )
-            choose_product(replay.walker)
-            choose_mapping(replay)
+            ladder = choose_ways(replay)
+            rank_zero_info(f"Influence analysis: {ladder.sentence()}")
+            if chosen is not None:
+                check_derivatives(chosen.probe, next(replay.walker.forwards()))
             # First of all: an error in the user's function comes at once, and none loses a ranking.
             columns = self._columns(replay, describe, loss_column)
             ranking = Ranking(replay, seed)
             ranking.run(chosen, top_k=top_k, verify=verify)
-        return self._scores(replay, ranking, columns, value, estimator, at)
+        return self._scores(replay, ranking, columns, value, estimator, at, ladder)
 
     def _why_not_finite(self, replay: Replay) -> str:
         advice = "Train again with a smaller learning rate, or with `gradient_clip_val`."
@@ -392,6 +395,7 @@ class InfluenceEngine:
         value: float,
         estimator: str | Estimator,
         at: At,
+        ladder: Ladder,
     ) -> InfluenceScores:
         fidelity = replay.walker.fidelity
         header = self.trajectory.header
@@ -414,7 +418,9 @@ class InfluenceEngine:
             "largest_state_difference": fidelity.largest_state_difference,
             "noise_floor": ranking.noise,
             "hessian_product": replay.walker.product,
+            "tangent_product": replay.walker.tangents,
             "vectorized": replay.walker.vectorize,
+            "refused": ladder.reasons,
             "seconds": ranking.seconds,
             "interrupted": ranking.interrupted,
             "trajectory": str(self.trajectory.directory),

@@ -21,3 +21,12 @@ class ReplayMismatchError(InfluenceError):
 
 class QueryError(InfluenceError):
     """The query (``monitor=``) cannot be found, or cannot be differentiated."""
+
+
+def first_line(error: BaseException) -> str:
+    """Shorten an error of torch's to what it says first.
+
+    Returns:
+        The first line of its message, or its type where it has none.
+    """
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -82,7 +82,7 @@ class ModuleQuery:
         self.memory_budget = memory_budget
         self._program = program
         self._catcher = LogCatcher()
-        self.vectorize = True
+        self.vectorize = program.untransformed is None
         """Whether `values` runs parameter sets side by side, or one by one."""
         self._kept: list[_Place] | None = None
         self._rows: int | None = None

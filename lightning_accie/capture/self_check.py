@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from lightning_accie.replay import random_state
 from lightning_accie.replay.batches import BatchSource
 from lightning_accie.replay.loss_form import LossForm
 from lightning_accie.replay.module import SampleLosses, TrainingProgram
-from lightning_accie.replay.probe import find_loss_form
+from lightning_accie.replay.probe import check_derivatives, find_loss_form
 from lightning_accie.replay.state import State
 from lightning_accie.replay.walker import Snapshot, Visit, Walker
 from lightning_accie.trajectory.records import Checkpoint, Step
@@ -121,9 +122,11 @@ def check_first_step(
             return LossForm()
         _check_finite(first)
         form = find_loss_form(program, visit.map.losses[0])  # type: ignore[arg-type]
+        settled = replace(visit.map, penalty=form.penalty, transforms=program.untransformed is None)
+        visit = replace(visit, map=settled)
         _check_movement(walker.again(visit), visit, first)
         if probe is not None:
-            _check_derivatives(probe, visit)
+            check_derivatives(probe, visit)
         if check_query is not None:
             check_query(program, walker.final())
     return form
@@ -142,17 +145,6 @@ def _check_finite(first: FirstStep) -> None:
             + "), so there is nothing to analyse. Look at the data, the initial weights and the "
             "learning rate."
         )
-
-
-def _check_derivatives(probe: Callable[[Visit], None], visit: Visit) -> None:
-    try:
-        probe(visit)
-    except (RuntimeError, NotImplementedError) as error:
-        raise UnsupportedError(
-            "An operator of the module lacks a derivative that the estimator needs: "
-            f'{str(error).splitlines()[0]} Use `estimator="leave-one-out"`, which needs first '
-            "derivatives only, or replace the operator (EmbeddingBag by Embedding and a mean, say)."
-        ) from error
 
 
 def _check_movement(replayed: State, visit: Visit, first: FirstStep) -> None:

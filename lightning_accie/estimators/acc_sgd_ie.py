@@ -112,9 +112,13 @@ class AccSgdIE(Estimator):
     def probe(self, visit: Visit) -> None:
         """Carry one tangent along one step."""
         removed = visit.map.samples[:1]
-        if len(removed):
-            one = replace(visit.map, vectorize=False)
-            one.push(visit.state, zeros_like(visit.state, batch=1), removed)
+        if not len(removed):
+            return
+        still = zeros_like(visit.state, batch=1)
+        try:
+            replace(visit.map, tangents="one-by-one").push(visit.state, still, removed)
+        except (RuntimeError, NotImplementedError):  # no forward mode
+            replace(visit.map, tangents="double-backward").push(visit.state, still, removed)
 
     def _carry(self, replay: Replay, samples: Tensor, advance: Advance) -> State:
         """Δ_j at the end of the run, ``[c, …]``, for one chunk (ordered by first visit)."""

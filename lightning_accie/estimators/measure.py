@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
 
+from lightning_accie.errors import first_line
 from lightning_accie.estimators.base import Replay
 from lightning_accie.estimators.chunks import chunk_size
 from lightning_accie.replay.state import stack, zeros_like
+from lightning_accie.replay.step import TANGENTS
 from lightning_accie.replay.walker import Visit, Walker
 
 _ROWS = 32
@@ -28,54 +30,128 @@ def _best_of(action: Callable[[], object], repeats: int = 3) -> float:
     return min(times)
 
 
-def choose_product(walker: Walker) -> str:
-    """Find the cheaper way to a Hessian product, at the run's first step.
+@dataclass
+class Ladder:
+    """Which ways to the run's derivatives its module allows, and why not the ones above them.
 
-    Some operators have no forward mode; then double backward it is.
-
-    Args:
-        walker: the run; its ``product`` is set to the choice.
-
-    Returns:
-        ``"double-backward"`` or ``"reverse-over-forward"``.
+    Attributes:
+        walker: the run; its settings are those chosen.
+        reasons: per way that was refused, what torch said.
     """
-    visit = next(walker.forwards())
-    still = {name: torch.zeros_like(visit.state.params[name]) for name in visit.map.used}
-    cotangent = visit.map.update(visit.state, still).map(torch.ones_like)
-    times: dict[str, float] = {}
-    for product in ("double-backward", "reverse-over-forward"):
-        step = replace(visit.map, product=product)
+
+    walker: Walker
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    def tries(self, way: str, action: Callable[[], object]) -> bool:
+        """Try a way; where torch refuses, keep its words.
+
+        Returns:
+            Whether it went.
+        """
         try:
-            times[product] = _best_of(partial(step.vjp, visit.state, cotangent))
-        except (NotImplementedError, RuntimeError):
-            continue  # an operator of the module lacks this derivative
-    walker.product = min(times, key=lambda name: times[name], default="double-backward")
-    return walker.product
+            action()
+        except (NotImplementedError, RuntimeError, ValueError) as error:
+            self.reasons[way] = first_line(error)
+            return False
+        return True
+
+    def sentence(self) -> str:
+        """Say what was chosen and why, for the log.
+
+        Returns:
+            One sentence.
+        """
+        walker = self.walker
+        side = "side by side" if walker.vectorize else "one by one"
+        text = (
+            f"samples are replayed {side}, Hessian products by {walker.product}, those of tangents "
+            f"{_IN_WORDS[walker.tangents]}"
+        )
+        reasons = "".join(f" {way}: {reason}" for way, reason in self.reasons.items())
+        return text + (f". Not possible:{reasons}" if reasons else ".")
 
 
-def choose_mapping(replay: Replay) -> bool:
-    """Find out whether counterfactuals can run side by side, at the run's first step.
+_IN_WORDS = {
+    "vectorized": "side by side",
+    "one-by-one": "one by one",
+    "double-backward": "by double-backward",
+}
+
+
+def choose_ways(replay: Replay) -> Ladder:
+    """Climb down until an operator's derivatives exist, at the run's first step.
+
+    torch.func side by side -> one by one -> plain autograd, for exact replays and for tangents each;
+    and the cheaper way to a single Hessian product.
 
     Args:
         replay: the run; its walker and query are set to the choice.
 
     Returns:
-        Whether `torch.func.vmap` takes the module's training and validation steps.
+        What was chosen, with the reasons.
     """
+    walker = replay.walker
+    ladder = Ladder(walker)
+    refused = walker.program.untransformed
+    if refused is not None:
+        ladder.reasons["torch.func"] = refused
+    _choose_product(ladder)
+    walker.vectorize = replay.query.vectorize = refused is None and _maps(ladder, replay)
+    _choose_tangents(ladder, replay)
+    return ladder
+
+
+def _choose_product(ladder: Ladder) -> None:
+    """The cheaper way to a Hessian product; some operators have no forward mode."""
+    walker = ladder.walker
+    visit = next(walker.forwards())
+    still = {name: torch.zeros_like(visit.state.params[name]) for name in visit.map.used}
+    cotangent = visit.map.update(visit.state, still).map(torch.ones_like)
+    times: dict[str, float] = {}
+    for product in ("double-backward", "reverse-over-forward"):
+        if product != "double-backward" and not visit.map.transforms:
+            continue
+        pull = partial(replace(visit.map, product=product).vjp, visit.state, cotangent)
+        if ladder.tries(product, pull):
+            times[product] = _best_of(pull)
+    walker.product = min(times, key=lambda name: times[name], default="double-backward")
+
+
+def _maps(ladder: Ladder, replay: Replay) -> bool:
+    """Whether `torch.func.vmap` takes the module's training and validation steps."""
     visit = next(replay.walker.forwards())
     both = stack(visit.state, 2)
-    try:
-        visit.map.advance_many(both, replay.samples[:1].repeat(2))
+
+    def side_by_side() -> None:
+        replace(visit.map, vectorize=True).advance_many(both, replay.samples[:1].repeat(2))
+        replay.query.vectorize = True
         replay.query.values(both.params)
-    except (NotImplementedError, RuntimeError, ValueError):
-        replay.walker.vectorize = replay.query.vectorize = False
-    return replay.walker.vectorize
+
+    return ladder.tries("side by side", side_by_side)
+
+
+def _choose_tangents(ladder: Ladder, replay: Replay) -> None:
+    """The first way to push tangents that the module's operators allow."""
+    walker = replay.walker
+    visit = next(walker.forwards())
+    still = zeros_like(visit.state, batch=2)
+    removed = replay.samples[:1].repeat(2)
+    if not visit.map.transforms:
+        walker.tangents = "double-backward"
+        return
+    for way in TANGENTS:
+        if way == "vectorized" and not walker.vectorize:
+            continue
+        push = partial(replace(visit.map, tangents=way).push, visit.state, still, removed)
+        if ladder.tries(f"tangents {_IN_WORDS[way]}", push):
+            walker.tangents = way
+            return
 
 
 def exact_is_cheaper(replay: Replay) -> bool:
     """Compare the price of one sample: exact replay against ACC-SGD-IE.
 
-    Where an operator of the module has no forward mode, only the exact replay is left.
+    Where an operator of the module has no second derivative, only the exact replay is left.
 
     Args:
         replay: the run.

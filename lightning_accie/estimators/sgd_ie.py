@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lightning_accie.estimators.base import Estimate, Estimator, Replay
 from lightning_accie.replay.state import State, zeros_like
+from lightning_accie.replay.step import StepMap
 from lightning_accie.replay.walker import Visit
 
 
@@ -71,13 +72,17 @@ class SgdIE(Estimator):
         """Pull a cotangent back through one step."""
         still = {name: torch.zeros_like(visit.state.params[name]) for name in visit.map.used}
         cotangent = visit.map.update(visit.state, still).map(torch.ones_like)
-        if not self.curvature:
-            visit.map.vjp_without_curvature(visit.state, cotangent)
-            return
+        if self.curvature:
+            pull, other = StepMap.vjp, replace(visit.map, product="reverse-over-forward")
+        else:
+            pull, other = (
+                StepMap.vjp_without_curvature,
+                replace(visit.map, tangents="double-backward"),
+            )
         try:
-            visit.map.vjp(visit.state, cotangent)
-        except (RuntimeError, NotImplementedError):
-            replace(visit.map, product="reverse-over-forward").vjp(visit.state, cotangent)
+            pull(visit.map, visit.state, cotangent)
+        except (RuntimeError, NotImplementedError):  # an operator may lack one of the derivatives
+            pull(other, visit.state, cotangent)
 
     def _description(self) -> str:
         return "SGD-IE: every sample"

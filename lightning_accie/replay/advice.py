@@ -25,7 +25,7 @@ def sample_losses_advice(program: TrainingProgram, loss: RecordedLoss) -> str:
     """
     scout = ReductionScout("no")
     with torch.enable_grad(), scout:
-        program.run(loss.micro, loss.random)
+        program.plain(loss.micro, loss.random)
     size = len(loss.samples)
     batch = program.batch(loss.micro)
     losses = [met for met in scout.found if met.value.requires_grad]

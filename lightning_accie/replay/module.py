@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -70,6 +70,10 @@ class TrainingProgram:
         self.module = neutral_copy(module, self.trainer).to(self.device)
         self.sample_losses = sample_losses
         self.form = LossForm.from_json(header["loss_form"]) if "loss_form" in header else LossForm()
+        self.untransformed: str | None = None
+        """Why the step does not run under `torch.func`, where it does not; the probe finds out."""
+        self.writes_buffers = False
+        """Whether the step writes to buffers other than running statistics (spectral_norm does)."""
         self.substitute: Callable[[Any], Any] | None = None
         """Replaces the batch in `weighted`; the probe at fit start uses it."""
         self._works_in_place = False
@@ -204,6 +208,9 @@ class TrainingProgram:
     def plain(self, micro: MicroBatch, random: Restorable | None) -> Tensor | None:
         """Run the step in the precision of the analysis, without weights.
 
+        What buffers it writes to stay as they were, but for running statistics: those do not change
+        what the step gives.
+
         Args:
             micro: the record.
             random: the generators' states before it, or None where it draws nothing.
@@ -211,7 +218,8 @@ class TrainingProgram:
         Returns:
             The returned loss with its graph, or None.
         """
-        return self._evaluate(micro, random, self.analysis)
+        with self._buffers_kept() if self.writes_buffers else nullcontext():
+            return self._evaluate(micro, random, self.analysis)
 
     def _evaluate(
         self, micro: MicroBatch, random: Restorable | None, precision: Precision
@@ -288,7 +296,8 @@ class TrainingProgram:
             ReplayMismatchError: if ``training_step`` returns None.
         """
         batch = self._prepare(micro, random)
-        with self.precision(), self._differentiable(), self._on(params):
+        kept = self._buffers_kept() if self.writes_buffers else nullcontext()
+        with self.precision(), self._differentiable(), self._on(params), kept:
             if self.sample_losses is not None:
                 return self._with_sample_losses(batch, micro, random, weights)
             spans = self.batches.spans(micro)
@@ -321,6 +330,7 @@ class TrainingProgram:
         """
         mkldnn = torch.backends.mkldnn.is_available() and self._recurrent
         before = torch._C._get_mkldnn_enabled()
+        tracking = [part.track_running_stats for part in self._tracking]
         if mkldnn:  # not `mkldnn.flags`, which warns of a kind of GPU
             torch._C._set_mkldnn_enabled(False)
         for part in self._tracking:
@@ -329,8 +339,33 @@ class TrainingProgram:
             yield
         finally:
             torch._C._set_mkldnn_enabled(before)
-            for part in self._tracking:
-                part.track_running_stats = True
+            for part, value in zip(self._tracking, tracking, strict=True):
+                part.track_running_stats = value
+
+    @contextmanager
+    def held(self, params: Params | None = None) -> Iterator[None]:
+        """Keep things as `weighted` has them, for a backward pass that runs parts of it again.
+
+        Activation checkpointing does, in the precision that it remembers itself.
+
+        Args:
+            params: explicit parameters, or None for those bound.
+
+        Yields:
+            Nothing.
+        """
+        with self._differentiable(), self._on(params), Differentiable():
+            yield
+
+    @contextmanager
+    def _buffers_kept(self) -> Iterator[None]:
+        before = {name: buffer.clone() for name, buffer in self.buffers.items()}
+        versions = self.buffer_versions()
+        try:
+            yield
+        finally:
+            if self.buffer_versions() != versions:
+                self.load_buffers(before)
 
     def _with_sample_losses(
         self,
@@ -413,6 +448,15 @@ class RecordedLoss:
         """
         loss = self.program.weighted(self.micro, self.random, weights)
         return loss / self.micro.divisor, self.program.parameters
+
+    def held(self, params: Params | None = None) -> AbstractContextManager[None]:
+        """Where a backward pass over it belongs; see `TrainingProgram.held`.
+
+        Returns:
+            A context.
+        """
+        plain = self.program.untransformed is not None
+        return self.program.held(params) if plain else nullcontext()
 
     def ones(self) -> Tensor:
         """The weights of the real run.

@@ -91,9 +91,10 @@ class Differentiable(TorchFunctionMode):
     """Makes operators behave under `torch.func` as they do without it, derivatives included.
 
     Attention goes through its maths kernel: the fused ones have no forward mode and no double
-    backward. Dropout draws its mask in the order of its input's memory, as plain torch does;
-    `torch.func` would draw in the order of the dimensions, and so another mask for a transposed
-    input.
+    backward. Weight normalisation is written out: torch's own operator has no forward mode, and its
+    double backward is wrong in the direction (seen in torch 2.13). Dropout draws its mask in the
+    order of its input's memory, as plain torch does; `torch.func` would draw in the order of the
+    dimensions, and so another mask for a transposed input.
     """
 
     def __torch_function__(
@@ -110,6 +111,8 @@ class Differentiable(TorchFunctionMode):
         """
         if func is F.dropout:
             return _dropout(*args, **(kwargs or {}))
+        if func is torch._weight_norm:
+            return _weight_norm(*args, **(kwargs or {}))
         if func is F.scaled_dot_product_attention:
             return _attention(*args, **(kwargs or {}))
         if func is F.multi_head_attention_forward:
@@ -151,6 +154,10 @@ def _multi_head_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | N
     with sdpa_kernel(SDPBackend.MATH):
         output, weights = F.multi_head_attention_forward(*bound.args, **bound.kwargs)
     return output, weights if wanted else None
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
 def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:

@@ -14,7 +14,7 @@ zero, or a last layer of zeros, would hide what depends on what.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,13 +23,15 @@ import torch
 from torch import Tensor
 from torch.func import grad
 
-from lightning_accie.errors import UnsupportedError
+from lightning_accie.errors import UnsupportedError, first_line
+from lightning_accie.replay import plain_autograd
 from lightning_accie.replay.advice import sample_losses_advice
 from lightning_accie.replay.loss_form import BY_HAND, Layout, LossForm
 from lightning_accie.replay.module import RecordedLoss, TrainingProgram
 from lightning_accie.replay.ownership import Ownership
 from lightning_accie.replay.per_sample import Met, ReductionScout
 from lightning_accie.replay.state import Params, dot
+from lightning_accie.replay.walker import Visit
 
 _AFFINE_TOLERANCE = 1e-3
 """Of a value against the same sum put together otherwise; the reductions sum in 32 bits at least."""
@@ -60,12 +62,33 @@ def find_loss_form(program: TrainingProgram, loss: RecordedLoss) -> LossForm:
     """
     probe = _Probe(program, loss)
     with _moved(program):
+        probe.watch_buffers()
         if program.sample_losses is not None:
             program.form = probe.with_sample_losses()
         else:
             program.form = probe.found()
         probe.check_transforms()
     return program.form
+
+
+def check_derivatives(probe: Callable[[Visit], None], visit: Visit) -> None:
+    """Refuse a module with an operator that lacks a derivative which an estimator needs.
+
+    Args:
+        probe: the estimator's `Estimator.probe`.
+        visit: a step of the run.
+
+    Raises:
+        UnsupportedError: with torch's own words, and what to do instead.
+    """
+    try:
+        probe(visit)
+    except (RuntimeError, NotImplementedError) as error:
+        raise UnsupportedError(
+            "An operator of the module lacks a derivative that the estimator needs: "
+            f'{first_line(error)} Use `estimator="leave-one-out"`, which needs first '
+            "derivatives only, or replace the operator (EmbeddingBag by Embedding and a mean, say)."
+        ) from error
 
 
 @contextmanager
@@ -134,6 +157,14 @@ class _Probe:
 
     # ------------------------------------------------------------------ the ways to split
 
+    def watch_buffers(self) -> None:
+        """Find out whether the step writes to buffers: then every evaluation puts them back."""
+        self.program.writes_buffers = False
+        with self.program.held():
+            before = self.program.buffer_versions()
+            self.program.plain(self.loss.micro, self.loss.random)
+            self.program.writes_buffers = self.program.buffer_versions() != before
+
     def found(self) -> LossForm:
         """Put the weights where they fit."""
         reasons: dict[str, str] = {}
@@ -180,26 +211,33 @@ class _Probe:
         return LossForm(penalty=True)
 
     def check_transforms(self) -> None:
-        """Under `torch.func` the weighted loss must have the gradient that training has."""
-        program, ones = self.program, self.loss.ones()
+        """As estimators run it, the weighted loss must have the gradient that training has.
+
+        They run it under `torch.func`, or by plain autograd where an operator does not go there.
+
+        Raises:
+            UnsupportedError: if it has another.
+        """
+        program = self.program
         params = {name: value.detach() for name, value in program.parameters.items()}
+        program.untransformed = None
         try:
-            found = grad(lambda p: self._weighted(ones, p))(params)
+            found = grad(self._at_ones)(params)
         except (RuntimeError, NotImplementedError) as error:
-            raise UnsupportedError(
-                "Something in `training_step` does not run under torch.func, which every estimator "
-                f"needs: {str(error).splitlines()[0]} (Activation checkpointing and "
-                "`autograd.Function` without `setup_context` are usual causes.)"
-            ) from error
+            program.untransformed = first_line(error)
+            found = plain_autograd.gradient(self._at_ones, params, program.trainable, program.held)
         plain = self._gradient()
         difference = {name: found[name] - value for name, value in plain.items()}
         if not _length(difference) <= self.tolerances.gradient * _length(plain):
             raise UnsupportedError(
                 f"The per-sample form of the loss ({program.form}) has another gradient than the "
                 f"loss that `training_step` returns: they differ by {_length(difference):.2g}, "
-                f"beside {_length(plain):.2g}. Something in `training_step` does not run under "
-                "torch.func as it does without."
+                f"beside {_length(plain):.2g}. Something in `training_step` runs otherwise when it "
+                "is differentiated on its own, as under torch.func."
             )
+
+    def _at_ones(self, params: Params) -> Tensor:
+        return self._weighted(self.loss.ones(), params)
 
     # ------------------------------------------------------------------ the parts
 
@@ -246,7 +284,7 @@ class _Probe:
     def _check_affine(self) -> None:
         """The loss must be what it is at w = 1, plus each sample's share of the change in w."""
         ones = self.loss.ones().requires_grad_()
-        with torch.enable_grad():
+        with self.program.held(), torch.enable_grad():
             whole = self._weighted(ones)
             (shares,) = torch.autograd.grad(whole, [ones], materialize_grads=True)
         generator = torch.Generator().manual_seed(0)
@@ -261,7 +299,7 @@ class _Probe:
 
     def _rest(self, others: Any = None) -> Params:
         """∇R: what is left of the gradient at w = 0."""
-        with self._instead(others), torch.enable_grad():
+        with self._instead(others), self.program.held(), torch.enable_grad():
             return self._differentiated(self._weighted(torch.zeros_like(self.loss.ones())))
 
     def _gradient(self, others: Any = None) -> Params:

@@ -15,9 +15,10 @@ elementwise.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from operator import add
 from typing import Any, Protocol
 
@@ -26,119 +27,16 @@ from torch import Tensor
 from torch.func import grad, jvp, vmap
 from torch.utils import _pytree as pytree
 
-from lightning_accie.replay.state import Params, Slots, State, unflatten_like
+from lightning_accie.replay import plain_autograd
+from lightning_accie.replay.state import Params, State, unflatten_like
 from lightning_accie.replay.tape import Tape
-from lightning_accie.replay.update_rules import UpdateRule
+from lightning_accie.replay.update import Update
 
+TANGENTS = ("vectorized", "one-by-one", "double-backward")
+"""The ways to many Hessian products at once: forward mode side by side, forward mode one by one, and
+backwards twice; the first that a module's operators allow is the cheapest."""
 _SHARED_PRIMAL: Any = (None, 0)
 """`vmap`'s output dimensions of (one value for all, one tangent each)."""
-
-
-@dataclass(frozen=True)
-class Clip:
-    """Gradient clipping as `Trainer` does it: ``"norm"`` (global) or ``"value"``, at ``limit``."""
-
-    algorithm: str
-    limit: float
-
-    def __call__(self, grads: Params) -> Params:
-        """Clip; the operations are those of `torch.nn.utils.clip_grad_norm_` in its order.
-
-        Returns:
-            The clipped gradients.
-        """
-        if self.algorithm == "value":
-            return {name: g.clamp(-self.limit, self.limit) for name, g in grads.items()}
-        if not grads:
-            return grads
-        # The norm's derivative at 0 is defined as 0 by torch for both modes of differentiation.
-        norms = torch.stack([torch.linalg.vector_norm(g) for g in grads.values()])
-        total = torch.linalg.vector_norm(norms)
-        coefficient = torch.clamp(self.limit / (total + 1e-6), max=1.0)
-        return {name: g * coefficient for name, g in grads.items()}
-
-
-@dataclass(frozen=True)
-class Update:
-    """U: clipping, then the optimiser's rule with the step's settings.
-
-    Attributes:
-        rule: the optimiser's update rule.
-        settings: per parameter name, the hyper-parameters of its group at this step.
-        counts: per parameter name, the updates it has had before.
-        clip: gradient clipping, or None.
-    """
-
-    rule: UpdateRule
-    settings: Mapping[str, Mapping[str, Any]]
-    counts: Mapping[str, int]
-    clip: Clip | None
-
-    def __call__(self, state: State, grads: Params) -> State:
-        """Apply one update. A parameter without a gradient stays as it is, as in torch.
-
-        Returns:
-            The next state.
-        """
-        if self.clip is not None:
-            grads = self.clip(grads)
-        params: Params = {}
-        slots: Slots = {}
-        for name, param in state.params.items():
-            old = state.slots.get(name, {})
-            if name not in grads:
-                params[name], slots[name] = param, dict(old)
-            else:
-                params[name], new = self.rule.update(
-                    param, grads[name], old, self.counts[name], self.settings[name]
-                )
-                slots[name] = dict(sorted(new.items()))
-        return State(params, slots)
-
-    @property
-    def linear(self) -> bool:
-        """Whether the next state is affine in the gradient."""
-        settings = list(self.settings.values())
-        distinct = [s for i, s in enumerate(settings) if all(s is not t for t in settings[:i])]
-        return self.clip is None and all(self.rule.linear_in_gradient(s) for s in distinct)
-
-    def vjp(self, state: State, grads: Params, cotangent: State) -> tuple[State, Params]:
-        """Pull a cotangent of the next state back to (state, gradient).
-
-        Returns:
-            The cotangents of the state and of the gradient.
-        """
-        if self.linear and hasattr(self.rule, "vjp"):
-            return self._linear_vjp(state, cotangent, grads.keys(), self.rule.vjp)
-        leaves = [leaf.detach().requires_grad_() for leaf in state.leaves()]
-        at = {name: g.detach().requires_grad_() for name, g in grads.items()}
-        with torch.enable_grad():
-            new = self(unflatten_like(state, leaves), at)
-        outputs, cotangents = [], []
-        for out, value in zip(new.leaves(), cotangent.leaves(), strict=True):
-            if out.requires_grad:
-                outputs.append(out)
-                cotangents.append(value)
-        inputs = [*leaves, *at.values()]
-        pulled = torch.autograd.grad(outputs, inputs, cotangents, materialize_grads=True)
-        back = unflatten_like(state, list(pulled[: len(leaves)]))
-        return back, dict(zip(at, pulled[len(leaves) :], strict=True))
-
-    def _linear_vjp(
-        self, state: State, cotangent: State, used: Collection[str], vjp: Callable[..., Any]
-    ) -> tuple[State, Params]:
-        """The same by the rule's own formula."""
-        params: Params = {}
-        slots: Slots = {}
-        grads: Params = {}
-        for name, value in cotangent.params.items():
-            after = cotangent.slots.get(name, {})
-            if name not in used:
-                params[name], slots[name] = value, dict(after)
-                continue
-            before = state.slots.get(name, {})
-            params[name], slots[name], grads[name] = vjp(value, after, before, self.settings[name])
-        return State(params, slots), grads
 
 
 class MicroLoss(Protocol):
@@ -157,6 +55,10 @@ class MicroLoss(Protocol):
 
     def bound(self, weights: Tensor) -> tuple[Tensor, Params]:
         """The loss from the module's bound parameters, and those parameters, for plain autograd."""
+        ...
+
+    def held(self, params: Params | None = None) -> AbstractContextManager[None]:
+        """Where a backward pass over it belongs, which may run parts of the module again."""
         ...
 
     def ones(self) -> Tensor:
@@ -178,6 +80,9 @@ class StepMap:
             module.
         vectorize: whether counterfactuals run side by side (`torch.func.vmap`) or one by one, for
             operators and control flow that vmap does not take.
+        tangents: how `push` gets its Hessian products, one of `TANGENTS`.
+        transforms: whether the loss runs under `torch.func` at all; without it everything goes by
+            plain autograd, one by one.
     """
 
     losses: Sequence[MicroLoss]
@@ -186,6 +91,8 @@ class StepMap:
     penalty: bool = False
     product: str = "double-backward"
     vectorize: bool = True
+    tangents: str = "vectorized"
+    transforms: bool = True
 
     # ------------------------------------------------------------------ the map itself
 
@@ -239,6 +146,8 @@ class StepMap:
         """
         parts = [
             grad(loss.functional)(params, part)
+            if self.transforms
+            else plain_autograd.gradient(partial(_at, loss, part), params, self.used, loss.held)
             for loss, part in zip(self.losses, self._split(weights), strict=True)
         ]
         return self._total(parts)
@@ -270,8 +179,11 @@ class StepMap:
 
     def _over_rows(self, function: Callable[..., Any], *rows: Any) -> Any:
         """Map a function over the leading dimension of its arguments."""
-        if self.vectorize:
+        if self.vectorize and self.transforms:
             return vmap(function, randomness="same")(*rows)
+        return self._one_by_one(function, *rows)
+
+    def _one_by_one(self, function: Callable[..., Any], *rows: Any) -> Any:
         count = len(pytree.tree_leaves(rows)[0])
         found = [function(*pytree.tree_map(lambda t: t[k], rows)) for k in range(count)]  # noqa: B023
         return pytree.tree_map(lambda *values: torch.stack(values), *found)
@@ -294,17 +206,7 @@ class StepMap:
         """
         if not self.losses:
             return tangents
-        ones = self.ones()
-
-        def product(tangent: Params) -> tuple[Params, Params]:
-            return _jvp(lambda p: self.gradient(p, ones), (state.params,), (tangent,))
-
-        if self.vectorize:
-            shared = vmap(product, out_dims=_SHARED_PRIMAL, randomness="same")
-            gradient, curved = shared(tangents.params)
-        else:
-            gradients, curved = self._over_rows(product, tangents.params)
-            gradient = {name: value[0] for name, value in gradients.items()}
+        gradient, curved = self._products(state.params, tangents.params)
         shift = {name: torch.zeros_like(value) for name, value in curved.items()}
         rows = (self.samples[None, :] == removed[:, None]).any(1).nonzero()[:, 0]
         if len(rows):
@@ -315,12 +217,45 @@ class StepMap:
                 curved[name].index_add_(0, rows, second[name])
         return self._push_update(state, gradient, tangents, curved, shift)
 
+    @property
+    def _backwards(self) -> bool:
+        """Whether Hessian products of tangents go without forward mode."""
+        return self.tangents == "double-backward" or not self.transforms
+
+    def _products(self, params: Params, tangents: Params) -> tuple[Params, Params]:
+        """∇L at w = 1, and HΔ_k."""
+        ones = self.ones()
+        if self._backwards:
+            parts = zip(self.losses, self._split(ones), strict=True)
+            found = [
+                plain_autograd.gradient_and_products(
+                    partial(_at, loss, part), params, self.used, tangents, loss.held
+                )
+                for loss, part in parts
+            ]
+            return _sum_up([g for g, _ in found]), _sum_up([products for _, products in found])
+
+        def product(tangent: Params) -> tuple[Params, Params]:
+            return _jvp(lambda p: self.gradient(p, ones), (params,), (tangent,))
+
+        if self.tangents == "vectorized" and self.vectorize:
+            return vmap(product, out_dims=_SHARED_PRIMAL, randomness="same")(tangents)
+        gradients, curved = self._one_by_one(product, tangents)
+        return {name: value[0] for name, value in gradients.items()}, curved
+
     def _leaving_out(
         self, params: Params, tangents: Params, removed: Tensor
     ) -> tuple[Params, Params]:
         """What leaving out k adds to the gradient, -g_k/|m|, and to HΔ_k, -H_kΔ_k/|m|."""
         change = self.removal_weights(removed) - 1.0
         nothing = torch.zeros_like(self.ones())
+        if self._backwards:
+            found = [
+                self._effect_backwards(params, {n: t[k] for n, t in tangents.items()}, change[k])
+                for k in range(len(removed))
+            ]
+            firsts, seconds = zip(*found, strict=True)
+            return _stack(firsts), _stack(seconds)
 
         def effect(tangent: Params, v: Tensor) -> tuple[Params, Params]:
             def removed_part(p: Params) -> Params:  # the loss is affine in w: take R out again
@@ -332,7 +267,31 @@ class StepMap:
 
             return _jvp(removed_part, (params,), (tangent,))
 
-        return self._over_rows(effect, tangents, change)
+        if self.tangents == "vectorized":
+            return self._over_rows(effect, tangents, change)
+        return self._one_by_one(effect, tangents, change)
+
+    def _effect_backwards(
+        self, params: Params, tangent: Params, v: Tensor
+    ) -> tuple[Params, Params]:
+        """The same for one sample, by plain autograd."""
+        one = {name: value[None] for name, value in tangent.items()}
+        found = []
+        for loss, part in zip(self.losses, self._split(v), strict=True):
+            if not bool(part.any()):
+                continue
+
+            def removed_part(p: Params, loss: MicroLoss = loss, part: Tensor = part) -> Tensor:
+                value = loss.functional(p, part)
+                return value - loss.functional(p, 0.0 * part) if self.penalty else value
+
+            found.append(
+                plain_autograd.gradient_and_products(
+                    removed_part, params, self.used, one, loss.held
+                )
+            )
+        products = _sum_up([products for _, products in found])
+        return _sum_up([g for g, _ in found]), {n: value[0] for n, value in products.items()}
 
     def _push_update(
         self, state: State, gradient: Params, tangents: State, curved: Params, shift: Params
@@ -401,6 +360,8 @@ class StepMap:
         gradient = self._placeholder(state) if linear else self.gradient(state.params, self.ones())
         back, mu = self.update.vjp(state, gradient, cotangent)
         direction = {n: mu.get(n, torch.zeros_like(p)) for n, p in state.params.items()}
+        if self._backwards:
+            return back, torch.cat([self._tape(loss).product(direction)[1] for loss in self.losses])
         return back, torch.cat([_slopes(loss, state.params, direction) for loss in self.losses])
 
     def plain_gradient(self) -> Params:
@@ -444,6 +405,19 @@ def _slopes(loss: MicroLoss, params: Params, direction: Params) -> Tensor:
     """⟨∇_θ ∂L/∂w_i, direction⟩ for every sample of a micro-batch, by one forward-mode derivative."""
     by_weights = grad(loss.functional, argnums=1)
     return _jvp(lambda p: by_weights(p, loss.ones()), (params,), (direction,))[1]
+
+
+def _at(loss: MicroLoss, weights: Tensor, params: Params) -> Tensor:
+    """The loss as a function of the parameters alone."""
+    return loss.functional(params, weights)
+
+
+def _sum_up(parts: Sequence[Params]) -> Params:
+    return {name: reduce(add, [part[name] for part in parts]) for name in parts[0]}
+
+
+def _stack(parts: Sequence[Params]) -> Params:
+    return {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
 
 
 def total_gradient(parts: Sequence[tuple[int, Params]], names: Iterable[str]) -> Params:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,6 +18,10 @@ class Tapeable(Protocol):
 
     def bound(self, weights: Tensor) -> tuple[Tensor, Params]:
         """The loss and the parameters it depends on."""
+        ...
+
+    def held(self) -> AbstractContextManager[None]:
+        """Where a backward pass over it belongs."""
         ...
 
     def ones(self) -> Tensor:
@@ -54,12 +59,14 @@ class Tape:
         inputs: θ, by name.
         weights: ``[B]``, w.
         grads: ∇_θ L with its graph; parameters that the loss does not use have none.
+        held: where the next backward pass belongs.
     """
 
     value: Tensor
     inputs: Params
     weights: Tensor
     grads: Params
+    held: Callable[[], AbstractContextManager[None]]
 
     @classmethod
     def of(cls, loss: Tapeable, names: tuple[str, ...], *, create_graph: bool = True) -> Tape:
@@ -74,12 +81,13 @@ class Tape:
             The tape.
         """
         weights = loss.ones().requires_grad_(create_graph)
-        with torch.enable_grad():
+        with loss.held(), torch.enable_grad():
             value, parameters = loss.bound(weights)
             inputs = [parameters[name] for name in names]
             grads = torch.autograd.grad(value, inputs, create_graph=create_graph, allow_unused=True)
         used = {name: g for name, g in zip(names, grads, strict=True) if g is not None}
-        return cls(value.detach(), {name: parameters[name] for name in used}, weights, used)
+        of = {name: parameters[name] for name in used}
+        return cls(value.detach(), of, weights, used, loss.held)
 
     def detached(self) -> Params:
         """The gradient alone.
@@ -99,10 +107,11 @@ class Tape:
             Hμ by parameter name, and γ ``[B]`` with γ_i = ⟨μ, ∂∇_θL/∂w_i⟩.
         """
         curved = {name: g for name, g in self.grads.items() if g.requires_grad}
-        *by_params, by_weights = torch.autograd.grad(
-            list(curved.values()),
-            [*self.inputs.values(), self.weights],
-            [mu[name] for name in curved],
-            materialize_grads=True,
-        )
+        with self.held():
+            *by_params, by_weights = torch.autograd.grad(
+                list(curved.values()),
+                [*self.inputs.values(), self.weights],
+                [mu[name] for name in curved],
+                materialize_grads=True,
+            )
         return dict(zip(self.inputs, by_params, strict=True)), by_weights

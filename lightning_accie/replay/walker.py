@@ -15,8 +15,9 @@ from lightning_accie.errors import ReplayMismatchError, TrajectoryError
 from lightning_accie.replay.module import RecordedLoss, TrainingProgram
 from lightning_accie.replay.random_state import Restorable
 from lightning_accie.replay.state import Params, Slots, State
-from lightning_accie.replay.step import Clip, StepMap, Update, total_gradient
+from lightning_accie.replay.step import TANGENTS, StepMap, total_gradient
 from lightning_accie.replay.tape import Tape, saved_bytes
+from lightning_accie.replay.update import Clip, Update
 from lightning_accie.replay.update_rules import rule_named
 from lightning_accie.trajectory.reader import Trajectory
 from lightning_accie.trajectory.records import MicroBatch, RandomState, Step
@@ -128,6 +129,7 @@ class Walker:
         self.memory_budget = memory_budget
         self.product = product
         self.vectorize = True
+        self.tangents = TANGENTS[0]
         self.fidelity = Fidelity()
         header = trajectory.header
         self._rule = rule_named(header["optimizer"])
@@ -267,7 +269,14 @@ class Walker:
         counts = {name: n + (name in ran.gradient) for name, n in snapshot.counts.items()}
         visit = Visit(
             StepMap(
-                ran.losses, update, used, self.program.form.penalty, self.product, self.vectorize
+                ran.losses,
+                update,
+                used,
+                penalty=self.program.form.penalty,
+                product=self.product,
+                vectorize=self.vectorize,
+                tangents=self.tangents,
+                transforms=self.program.untransformed is None,
             ),
             snapshot,
         )
@@ -353,7 +362,7 @@ class Walker:
         return self._tapes
 
     def _tapes_match(self) -> bool:
-        if self.program.tracks_statistics:
+        if self.program.tracks_statistics or self.program.writes_buffers:
             return False
         visit, _ = self._advance(self.start())
         self._rebind(visit)

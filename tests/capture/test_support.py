@@ -15,7 +15,6 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_accie import InfluenceCallback, UnsupportedError
@@ -172,19 +171,6 @@ def test_an_operator_without_the_derivative_that_the_estimator_needs(tmp_path: P
     callback = fit(tmp_path, Classifier(Bag(), sgd()), influence={"estimator": "leave-one-out"})
     assert callback.scores is not None
     assert callback.scores.replayed == 12
-
-
-class Recomputing(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = smooth_net()
-
-    def forward(self, x: Tensor) -> Any:
-        return checkpoint(self.net, x, use_reentrant=False)
-
-
-def test_activation_checkpointing(tmp_path: Path) -> None:
-    refused(tmp_path, Classifier(Recomputing(), sgd()), "torch.func", "checkpointing")
 
 
 # ---------------------------------------------------------------------- hidden hands

@@ -12,9 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from lightning_accie import InfluenceEngine, LeaveOneOut
+from lightning_accie import InfluenceEngine, LeaveOneOut, SgdIE
+from lightning_accie.estimators.measure import choose_ways
 from tests.problems import Classifier, record, sgd
 from tests.truth import recorded_batches
+
+_STEP = 1e-5
 
 
 class Task(Classifier):
@@ -46,44 +49,71 @@ class Task(Classifier):
         self.log("val_loss", self.query(*batch))
 
 
-def retrained(start: Task, engine: InfluenceEngine, data: TensorDataset, without: int) -> Task:
-    """Plain torch training on the sum of the samples' own terms, with the recorded noise."""
+def retrained(start: Task, engine: InfluenceEngine, data: TensorDataset, weights: Tensor) -> Task:
+    """Plain torch training on the weighted sum of the samples' own terms.
+
+    Noise is as recorded, and so are buffers, at every step: a counterfactual run keeps them.
+    """
     task = copy.deepcopy(start).train()
+    buffers: list[Any] = []
+    if list(task.buffers()):
+        buffers = [visit.snapshot.buffers for visit in engine._walker.forwards()]
     optimizer = task.configure(list(task.parameters()))
     recorded = zip(recorded_batches(engine.trajectory), engine.module.states, strict=True)
-    for (index,), state in recorded:
+    for step, ((index,), state) in enumerate(recorded):
+        with torch.no_grad():
+            for name, buffer in task.named_buffers():
+                buffer.copy_(buffers[step][name])
         torch.set_rng_state(state)
-        kept = torch.tensor([i != without for i in index])
         optimizer.zero_grad()
         terms = task.own(*(tensor[index] for tensor in data.tensors))
-        ((terms * kept).sum() + task.rest()).backward()
+        ((terms * weights[index]).sum() + task.rest()).backward()
         optimizer.step()
     return task
 
 
 def drops_its_own_term_alone(
-    root: Path, task: Task, data: TensorDataset, validation: TensorDataset, **settings: Any
+    root: Path,
+    task: Task,
+    data: TensorDataset,
+    validation: TensorDataset,
+    *,
+    slope: bool = False,
+    **settings: Any,
 ) -> InfluenceEngine:
-    """Exact replay without a sample is plain training without its own term."""
+    """Exact replay without a sample is plain training without its own term.
+
+    With ``slope``, SGD-IE must also be the central difference of plain training in its weight.
+    """
     start = copy.deepcopy(task)
     engine = record(root, task, data, validation, **settings)
     in_last_batch = recorded_batches(engine.trajectory)[-1][0][0]
     chosen = sorted({0, 3, in_last_batch})
     replay = engine.replay("val_loss")
+    choose_ways(replay)
     found = LeaveOneOut(chosen).estimate(replay)
     assert replay.walker.fidelity.bit_exact
 
-    def query(without: int) -> float:
-        trained = retrained(start, engine, data, without)
+    def query(without: int | None = None, by: float = 1.0) -> float:
+        weights = torch.ones(len(data), dtype=torch.float64)
+        if without is not None:
+            weights[without] -= by
+        trained = retrained(start, engine, data, weights)
         for name, buffer in trained.named_buffers():  # the recorded statistics stay
             buffer.copy_(replay.final.buffers[name])
         with torch.no_grad():
             return trained.eval().query(*validation.tensors).item()
 
-    whole = query(-1)
+    whole = query()
     assert replay.query.value(replay.final.state.params) == pytest.approx(whole, rel=1e-10)
     differences = [query(j) - whole for j in chosen]
     assert max(map(abs, differences)) > 1e-6
     for difference, influence in zip(differences, found.influence.tolist(), strict=True):
-        assert influence == pytest.approx(difference, rel=1e-7, abs=1e-12)
+        assert influence == pytest.approx(difference, rel=1e-7, abs=1e-12), (influence, difference)
+    if slope:
+        first = SgdIE().estimate(replay)
+        for j in chosen[:2]:
+            expected = (query(j, _STEP) - query(j, -_STEP)) / (2 * _STEP)
+            (value,) = first.influence[first.samples == j].tolist()
+            assert value == pytest.approx(expected, rel=2e-5, abs=1e-9), (value, expected)
     return engine
