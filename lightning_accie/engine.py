@@ -100,6 +100,7 @@ class InfluenceEngine:
         if not isinstance(trajectory, Trajectory):
             trajectory = Trajectory.open(trajectory)
         self.trajectory = trajectory
+        module = getattr(module, "_orig_mod", module)  # what `torch.compile` was given
         self.module = module
         self.memory_budget = parse_bytes(memory_budget)
         if isinstance(progress, bool):
@@ -200,7 +201,7 @@ class InfluenceEngine:
             The run with its query.
         """
         walker = self._walker_until(self._end(at))
-        with random_state.isolated(self._cuda):
+        with random_state.isolated(self._cuda), torch.compiler.set_stance("force_eager"):
             self._find_losses(walker)
             final = walker.final()
         samples, visits, first, last = self._drawn(walker.trajectory)

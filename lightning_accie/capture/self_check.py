@@ -97,7 +97,7 @@ def check_first_step(
         UnsupportedError: with the reason, if the step cannot be replayed or split.
     """
     cuda = device if device is not None and device.type == "cuda" else None
-    with random_state.isolated(cuda):
+    with random_state.isolated(cuda), torch.compiler.set_stance("force_eager"):
         loaders, assemble = training_loaders(data)
         source = BatchSource(loaders, assemble, cache_bytes=_CACHE)
         program = TrainingProgram(

@@ -146,6 +146,9 @@ def is_metric(value: Any) -> bool:
     )
 
 
+_STEPS = ("forward", "training_step", "validation_step", "test_step", "predict_step")
+
+
 def neutral_copy(module: nn.Module, trainer: StandInTrainer) -> Any:
     """Copy a LightningModule and silence the copy.
 
@@ -174,6 +177,12 @@ def neutral_copy(module: nn.Module, trainer: StandInTrainer) -> Any:
         if hasattr(part, "log_dict") and hasattr(part, "training_step"):
             part.__dict__.update(log=_ignore, log_dict=_ignore, print=_ignore)
             part.__dict__["_trainer"] = trainer
+            if part.__dict__.get("_compiler_ctx") is not None:
+                # Lightning puts the compiled steps of a `torch.compile`d module on the instance,
+                # where they are bound to the module that was trained.
+                for name in _STEPS:
+                    part.__dict__.pop(name, None)
+                part.__dict__["_compiler_ctx"] = None
         for name, child in list(part.named_children()):
             if is_metric(child):
                 part._modules[name] = _MetricStub(child)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from lightning_accie.errors import UnsupportedError
+from lightning_accie.replay.adaptive_rules import Adadelta, Adagrad, Adamax, RAdam, RMSprop
 
 
 class UpdateRule(Protocol):
@@ -238,6 +239,11 @@ _RULES: dict[type[torch.optim.Optimizer], UpdateRule] = {
     torch.optim.SGD: SGD(),
     torch.optim.Adam: Adam(),
     torch.optim.AdamW: Adam(decoupled=True),
+    torch.optim.RMSprop: RMSprop(),
+    torch.optim.Adagrad: Adagrad(),
+    torch.optim.Adadelta: Adadelta(),
+    torch.optim.Adamax: Adamax(),
+    torch.optim.RAdam: RAdam(),
 }
 
 

@@ -75,7 +75,7 @@ def test_two_optimisers(tmp_path: Path) -> None:
     refused(tmp_path, both, "manual")
 
 
-@pytest.mark.parametrize("optimiser", [torch.optim.LBFGS, torch.optim.RMSprop, torch.optim.Adagrad])
+@pytest.mark.parametrize("optimiser", [torch.optim.LBFGS, torch.optim.NAdam, torch.optim.ASGD])
 def test_optimisers_without_a_rule(tmp_path: Path, optimiser: type[torch.optim.Optimizer]) -> None:
     module = Classifier(smooth_net(), lambda p: optimiser(p, lr=0.1))  # type: ignore[call-arg]
     refused(tmp_path, module, f"`{optimiser.__name__}`", "`SGD`", "register_update_rule")

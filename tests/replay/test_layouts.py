@@ -352,6 +352,39 @@ def test_weights_of_regression_losses(tmp_path: Path) -> None:
     drops_its_own_term_alone(tmp_path, WeightedSquares(small()), points(17), points(11, 1))
 
 
+class Spoken(Task):
+    """`ctc_loss`: a mean over samples of what is divided by each one's length; differentiable once."""
+
+    def losses(self, x: Tensor, y: Tensor, reduction: str) -> Tensor:
+        logits = self.net(x).view(len(x), 4, 3).log_softmax(-1)
+        lengths = 1 + (x[:, 0] > 0).long()
+        given = torch.full((len(x),), 4)
+        return F.ctc_loss(logits.transpose(0, 1), y, given, lengths, reduction=reduction)
+
+    def written(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.losses(x, y, "mean")
+
+    def own(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.losses(x, y, "none") / (1 + (x[:, 0] > 0).double()) / len(x)
+
+    def query(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.losses(x, y, "sum") / len(x)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_ctc(tmp_path: Path) -> None:
+    torch.manual_seed(2)
+    data = []
+    for n, seed in ((13, 0), (9, 1)):
+        x, y = points(n, seed).tensors
+        data.append(TensorDataset(x, 1 + (y > 0).long()))
+    task = Spoken(nn.Linear(4, 12).double())
+    only = {"estimator": "leave-one-out"}
+    drops_its_own_term_alone(tmp_path / "a", task, *data, max_epochs=2, callback=only)
+    with pytest.raises(UnsupportedError, match=r"ctc_loss.*leave-one-out"):
+        record(tmp_path / "b", Spoken(nn.Linear(4, 12).double()), *data)
+
+
 # ---------------------------------------------------------------------- what is refused
 
 
