@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_accie.errors import UnsupportedError
+from lightning_accie.errors import UnsupportedError, first_line
 
 
 class _Silent:
@@ -146,6 +146,7 @@ def is_metric(value: Any) -> bool:
     )
 
 
+_TORCHS = ("_parameters", "_buffers", "_modules")
 _STEPS = ("forward", "training_step", "validation_step", "test_step", "predict_step")
 
 
@@ -168,10 +169,12 @@ def neutral_copy(module: nn.Module, trainer: StandInTrainer) -> Any:
     try:
         twin = copy.deepcopy(module, memo)
     except (TypeError, RuntimeError, ValueError) as error:
+        names = ", ".join(_uncopiable(module, memo)) or "something in it"
         raise UnsupportedError(
-            f"The module `{type(module).__name__}` cannot be copied for the replay "
-            f"({error}). Keep open files, locks and tensors that are part of a graph out of its "
-            "attributes, or give it a `__deepcopy__`."
+            f"The module `{type(module).__name__}` cannot be copied for the replay: {names} "
+            f"({first_line(error)}). Keep open files, locks and tensors that are part of a graph out "
+            "of its attributes (make them where they are used, or detach them), or give the module a "
+            "`__deepcopy__`."
         ) from error
     for part in twin.modules():
         if hasattr(part, "log_dict") and hasattr(part, "training_step"):
@@ -187,6 +190,21 @@ def neutral_copy(module: nn.Module, trainer: StandInTrainer) -> Any:
             if is_metric(child):
                 part._modules[name] = _MetricStub(child)
     return twin
+
+
+def _uncopiable(module: nn.Module, memo: dict[int, Any]) -> list[str]:
+    """Name the attributes that `copy.deepcopy` does not take, with their types."""
+    found = []
+    for place, part in module.named_modules():
+        for name, value in vars(part).items():
+            if name in _TORCHS or id(value) in memo:
+                continue
+            try:
+                copy.deepcopy(value, dict(memo) | {id(p): None for p in module.modules()})
+            except (TypeError, RuntimeError, ValueError):
+                owner = f"self.{place}" if place else "self"
+                found.append(f"`{owner}.{name}` is a `{type(value).__name__}`")
+    return found
 
 
 def _ignore(*args: Any, **kwargs: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,16 @@ def test_an_operator_without_the_derivative_that_the_estimator_needs(tmp_path: P
     callback = fit(tmp_path, Classifier(Bag(), sgd()), influence={"estimator": "leave-one-out"})
     assert callback.scores is not None
     assert callback.scores.replayed == 12
+
+
+@pytest.mark.parametrize(
+    ("held", "kind"),
+    [(threading.Lock, "lock"), (lambda: 2 * torch.ones(1, requires_grad=True), "Tensor")],
+)
+def test_a_module_that_cannot_be_copied(tmp_path: Path, held: Any, kind: str) -> None:
+    module = Classifier(smooth_net(), sgd())
+    module.net.keeps = held()
+    refused(tmp_path, module, f"`self.net.keeps` is a `{kind}`", "__deepcopy__")
 
 
 # ---------------------------------------------------------------------- hidden hands
