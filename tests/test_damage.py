@@ -27,9 +27,16 @@ from lightning_accie.errors import ReplayMismatchError
 from lightning_accie.scores_files import ScoresError
 from lightning_accie.trajectory.writer import TrajectoryWriter
 from tests.problems import Classifier, adamw, classification, quiet_trainer, sgd
+from tests.steady import steady_choices
 
 Damage = Callable[[Path, Path], Iterator[object]]
 """Given a file and the same file of another run: damages it in one way after the other."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _steady() -> Iterator[None]:
+    with steady_choices():
+        yield
 
 
 def loaders() -> tuple[Any, Any]:

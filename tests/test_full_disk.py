@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,13 @@ from lightning_accie import (
 )
 from tests.disks import fill, make_read_only, small_disk
 from tests.problems import Classifier, adamw, classification, quiet_trainer
+from tests.steady import steady_choices
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _steady() -> Iterator[None]:
+    with steady_choices():
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ import resource
 import shutil
 import struct
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,15 @@ from lightning_accie.scores_files import ScoresError
 from lightning_accie.trajectory.tensors import dump, load
 from lightning_accie.trajectory.writer import TrajectoryWriter
 from tests.problems import Classifier, classification, quiet_trainer, sgd, smooth_net
+from tests.steady import steady_choices
 
 CHUNK, CHECKPOINT = "steps-000000.safetensors", "checkpoints/step-000000000.safetensors"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _steady() -> Iterator[None]:
+    with steady_choices():
+        yield
 
 
 def loaders() -> tuple[Any, Any]:

@@ -45,6 +45,7 @@ from lightning_accie.scores_files import ScoresError
 from lightning_accie.trajectory import checkpoints
 from lightning_accie.trajectory.writer import TrajectoryWriter
 from tests.problems import Classifier, adamw, classification, quiet_trainer
+from tests.steady import steady_choices
 
 STEPS = 40
 ANALYSIS: dict[str, Any] = {"verify": 4, "top_k": 2}
@@ -117,15 +118,12 @@ def recording(directory: Path) -> InfluenceCallback:
 
 @contextmanager
 def close_checkpoints() -> Iterator[None]:
-    """Checkpoints at 0, 2, 8, 18, 32 and 40, and a flush every five steps."""
-    spacing, checkpoints.SPACING = checkpoints.SPACING, 2
-    writer = lightning_accie.callback.TrajectoryWriter
-    lightning_accie.callback.TrajectoryWriter = partial(writer, flush_steps=5)  # type: ignore[misc, assignment]
-    try:
+    """Checkpoints at 0, 2, 8, 18, 32 and 40, a flush every five steps, and steady choices."""
+    with steady_choices() as patch:
+        patch.setattr(checkpoints, "SPACING", 2)
+        writer = partial(TrajectoryWriter, flush_steps=5)
+        patch.setattr("lightning_accie.callback.TrajectoryWriter", writer)
         yield
-    finally:
-        checkpoints.SPACING = spacing
-        lightning_accie.callback.TrajectoryWriter = writer  # type: ignore[misc]
 
 
 # ------------------------------------------------------------------ killing

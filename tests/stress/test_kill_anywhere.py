@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,11 +31,11 @@ def test_whatever_is_killed_leaves_the_truth_or_is_refused() -> None:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     directory = tmp_path_factory.mktemp("run")
     with kill_anywhere.close_checkpoints():
         kill_anywhere.fit(directory, kill_anywhere.recording(directory))
-    return directory
+        yield directory
 
 
 def test_the_judges_find_nothing_wrong_with_a_whole_run(run: Path) -> None:
