@@ -15,7 +15,6 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-import lightning_accie.callback
 from lightning_accie import (
     InfluenceCallback,
     InfluenceEngine,
@@ -58,7 +57,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         patch.setattr("lightning_accie.trajectory.checkpoints.SPACING", 2)
         patch.setattr(os, "fsync", lambda descriptor: None)
         writer = partial(TrajectoryWriter, flush_steps=5)
-        patch.setattr(lightning_accie.callback, "TrajectoryWriter", writer)
+        patch.setattr("lightning_accie.capture.opening.TrajectoryWriter", writer)
         for seed in (5, 6):
             root = tmp_path_factory.mktemp("run")
             influence = InfluenceCallback(dirpath=root, console=False, verify=4, top_k=2)

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 from lightning_accie import InfluenceCallback, InfluenceEngine, InfluenceScores, Trajectory
 from lightning_accie.errors import InfluenceError, TrajectoryError, UnsupportedError
 from lightning_accie.scores_files import ScoresError
+from lightning_accie.trajectory.manifest import VERSION
 from lightning_accie.trajectory.tensors import dump, load
 from lightning_accie.trajectory.writer import TrajectoryWriter
 from tests.problems import Classifier, classification, quiet_trainer, sgd, smooth_net
@@ -323,7 +324,7 @@ def test_a_step_log_that_makes_no_sense_is_refused(run: Path, case: str) -> None
 # ------------------------------------------------------------------ other versions
 
 
-@pytest.mark.parametrize("version", [2, 10**9])
+@pytest.mark.parametrize("version", [VERSION + 1, 10**9])
 def test_newer_files_ask_for_an_upgrade(run: Path, version: int) -> None:
     change_manifest(run, lambda document: document.update(version=version, more="fields"))
     with pytest.raises(TrajectoryError, match=f"format version {version}.*Upgrade"):

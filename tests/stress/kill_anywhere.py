@@ -122,7 +122,7 @@ def close_checkpoints() -> Iterator[None]:
     with steady_choices() as patch:
         patch.setattr(checkpoints, "SPACING", 2)
         writer = partial(TrajectoryWriter, flush_steps=5)
-        patch.setattr("lightning_accie.callback.TrajectoryWriter", writer)
+        patch.setattr("lightning_accie.capture.opening.TrajectoryWriter", writer)
         yield
 
 
