@@ -6,12 +6,13 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_accie.errors import ReplayMismatchError, TrajectoryError
+from lightning_accie.errors import TrajectoryError
+from lightning_accie.replay.fidelity import Fidelity
 from lightning_accie.replay.module import RecordedLoss, TrainingProgram
 from lightning_accie.replay.random_state import Restorable
 from lightning_accie.replay.state import Params, Slots, State
@@ -72,30 +73,6 @@ class Visit:
         return self.snapshot.state
 
 
-@dataclass
-class Fidelity:
-    """How well the replay followed the record so far.
-
-    Attributes:
-        losses: losses compared.
-        checkpoints: checkpoints compared.
-        largest_loss_difference: the largest relative difference of a loss.
-        largest_state_difference: the largest difference of a checkpoint's tensor, relative to its
-            largest entry.
-    """
-
-    losses: int = 0
-    checkpoints: int = 0
-    largest_loss_difference: float = 0.0
-    largest_state_difference: float = 0.0
-    seen: set[int] = field(default_factory=set, repr=False)
-
-    @property
-    def bit_exact(self) -> bool:
-        """Whether every compared number was equal bit for bit."""
-        return self.largest_loss_difference == 0.0 and self.largest_state_difference == 0.0
-
-
 class _Ran(NamedTuple):
     """A step's micro-batches, run: their losses and gradient, and what they left behind."""
 
@@ -130,8 +107,8 @@ class Walker:
         self.product = product
         self.vectorize = True
         self.tangents = TANGENTS[0]
-        self.fidelity = Fidelity()
         header = trajectory.header
+        self.fidelity = Fidelity(header, program.recorded)
         self._rule = rule_named(header["optimizer"])
         clip = header["clip"]
         self._clip = Clip(clip["algorithm"], clip["value"]) if clip else None
@@ -325,7 +302,7 @@ class Walker:
     def _run(self, step: Step, loss: RecordedLoss) -> Params | None:
         """The gradient as training computed it, times the loss's scale; None without a loss."""
         value = self.program.run(loss.micro, loss.random)
-        self._check_loss(step, loss.micro, value)
+        self.fidelity.check_loss(step, loss.micro, value)
         if value is None:
             return None
         names = self.program.trainable
@@ -339,7 +316,7 @@ class Walker:
         if loss.micro.loss is None:
             return self._run(step, loss)
         loss.tape = Tape.of(loss, self.program.trainable)
-        self._check_loss(step, loss.micro, _returned(loss.tape.value, loss.micro))
+        self.fidelity.check_loss(step, loss.micro, _returned(loss.tape.value, loss.micro))
         return loss.tape.detached()
 
     def _keeps_tapes(self) -> bool:
@@ -443,47 +420,14 @@ class Walker:
 
     # ------------------------------------------------------------------ checks
 
-    def _check_loss(self, step: Step, micro: MicroBatch, loss: Tensor | None) -> None:
-        if (loss is None) != (micro.loss is None):
-            raise self._mismatch(step, micro, "training_step returned None in only one of the two")
-        if loss is None or micro.loss is None:
-            return
-        replayed, recorded = float(loss.detach()), micro.loss
-        self.fidelity.losses += 1
-        if replayed == recorded or (math.isnan(replayed) and math.isnan(recorded)):
-            return
-        difference = abs(replayed - recorded) / max(abs(recorded), 1e-3)
-        if not difference <= self.program.recorded.tolerances.loss:
-            raise self._mismatch(
-                step, micro, f"the recorded loss is {recorded:.9g}, the replayed one {replayed:.9g}"
-            )
-        worst = max(self.fidelity.largest_loss_difference, difference)
-        self.fidelity.largest_loss_difference = worst
-
     def _check_state(self, snapshot: Snapshot) -> Snapshot:
         """Compare with the checkpoint of this step, where there is one, and go on from it."""
         if snapshot.step in self._new_buffers:
             snapshot = replace(snapshot, buffers=self._resumed_buffers(snapshot.step))
         if snapshot.step not in self._checkpoints or snapshot.step in self.fidelity.seen:
             return snapshot
-        self.fidelity.seen.add(snapshot.step)
-        self.fidelity.checkpoints += 1
         recorded = self._load(snapshot.step)
-        names = [f"parameter `{name}`" for name in recorded.state.params]
-        slots = recorded.state.slots.items()
-        names += [f"`{slot}` of `{name}`" for name, group in slots for slot in group]
-        pairs = zip(names, snapshot.state.leaves(), recorded.state.leaves(), strict=True)
-        for name, replayed, stored in pairs:
-            if torch.equal(replayed, stored):
-                continue
-            difference = _difference(replayed, stored)
-            if not difference <= self.program.recorded.tolerances.state:
-                raise ReplayMismatchError(
-                    f"After {snapshot.step} steps the replayed {name} differs from the checkpoint "
-                    f"by {difference:.2g} of its largest entry. {self._causes()}"
-                )
-            worst = max(self.fidelity.largest_state_difference, difference)
-            self.fidelity.largest_state_difference = worst
+        self.fidelity.check_state(snapshot.step, snapshot.state, recorded.state)
         return snapshot if self.fidelity.bit_exact else replace(snapshot, state=recorded.state)
 
     def _resumed_buffers(self, step: int) -> Mapping[str, Tensor]:
@@ -500,37 +444,6 @@ class Walker:
             known = self._new_buffers[step] = self._load(step).buffers
         return known
 
-    def _mismatch(self, step: Step, micro: MicroBatch, what: str) -> ReplayMismatchError:
-        return ReplayMismatchError(
-            f"The replay departs from the recorded run at step {step.number} (epoch {micro.epoch}, "
-            f"batch {micro.batch_idx}{self._whose(micro)}): {what}. {self._causes()}"
-        )
-
-    def _whose(self, micro: MicroBatch) -> str:
-        return f", rank {micro.rank}" if micro.world_size > 1 else ""
-
-    def _causes(self) -> str:
-        hooks: list[Any] = list(self.trajectory.header.get("overridden_hooks", []))
-        text = (
-            "Usual causes: the dataset or its order changed since training, the dataset augments "
-            "at random, training_step reads something outside the batch and the module's state, or "
-            "something besides the optimiser changed the weights."
-        )
-        if self.program.recorded.autocast is not None:
-            text += (
-                f" Or it is the rounding of `{self.program.recorded.name}`, which differs between "
-                "devices and numbers of threads, and adds up: replay where the run was recorded."
-            )
-        if self.trajectory.header["trainer"].get("world_size", 1) > 1:
-            text += (
-                " Several processes trained: a value that they exchange in training_step "
-                "(`all_gather`, `torch.distributed`) is not in the record either."
-            )
-        if hooks:
-            names = ", ".join(f"`{hook}`" for hook in hooks)
-            text += f" The module overrides {names}, which a replay does not run."
-        return text
-
 
 def _returned(share: Tensor, micro: MicroBatch) -> Tensor:
     """What ``training_step`` returned, from its share in the step's loss.
@@ -544,14 +457,6 @@ def _returned(share: Tensor, micro: MicroBatch) -> Tensor:
     recorded = share.new_tensor(float("nan") if micro.loss is None else micro.loss)
     same = torch.equal(recorded / micro.divisor, share)
     return recorded if same else share * micro.divisor
-
-
-def _difference(replayed: Tensor, stored: Tensor) -> float:
-    """The largest difference, relative to the largest entry; NaN where only one of two is finite."""
-    same = (replayed == stored) | (replayed.isnan() & stored.isnan())  # a run may diverge
-    apart = torch.where(same, 0.0, replayed - stored).abs().max()
-    largest = torch.where(stored.isfinite(), stored, 0.0).abs().max()
-    return float(apart / largest.clamp_min(1e-12))
 
 
 def _anchors(room: int) -> int:
