@@ -14,6 +14,7 @@ from lightning_accie.trajectory.reader import Trajectory
 from lightning_accie.trajectory.sizes import parse_bytes
 
 RUNS = ("fit_end", "manual")
+CAPTURES = ("auto", "indices", "batches")
 ENDS = ("last", "best")
 
 
@@ -50,6 +51,11 @@ def _complaint(given: dict[str, Any]) -> str:
         fits, wanted = _RULES[name]
         if not fits(value):
             return f"`{name}` must be {wanted}, got {value!r}."
+    if given.get("capture") == "indices" and given["sample_id"] is not None:
+        return (
+            f'`sample_id={given["sample_id"]!r}` reads ids off the batches, which `capture="indices"` '
+            'does not keep. Use `capture="batches"`, or leave one of the two out.'
+        )
     return ""
 
 
@@ -81,7 +87,7 @@ def _loaders(value: Any) -> bool:
 
 
 def _data(value: Any) -> bool:
-    return hasattr(value, "train_dataloader") or (value is not None and _loaders(value))
+    return hasattr(value, "train_dataloader") or _loaders(value)
 
 
 def _monitor(value: Any) -> bool:
@@ -119,6 +125,12 @@ _RULES: dict[str, _Rule] = {
     "top_k": (_whole(1), "an integer of at least 1"),
     "verify": (_whole(0), "an integer of at least 0"),
     "run": (_one_of(*RUNS), f"one of {', '.join(map(repr, RUNS))}"),
+    "capture": (_one_of(*CAPTURES), f"one of {', '.join(map(repr, CAPTURES))}"),
+    "sample_id": (
+        lambda value: value is None or callable(value) or (isinstance(value, str) and value != ""),
+        "a key of the batch or a callable(batch) -> ids",
+    ),
+    "check_data": (_yes_or_no, "True or False"),
     "dirpath": (lambda value: value is None or _path(value), "a path"),
     "trajectory": (
         lambda value: _path(value) or isinstance(value, Trajectory),

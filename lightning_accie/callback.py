@@ -13,18 +13,20 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning_accie._compat import CallbackBase
 from lightning_accie.arguments import check_arguments
 from lightning_accie.capture import resume
+from lightning_accie.capture.batches import SampleIdOf
 from lightning_accie.capture.directory import choose
-from lightning_accie.capture.indices import IndexRecorder
+from lightning_accie.capture.generators import kept as kept_generators
 from lightning_accie.capture.opening import open_recording
 from lightning_accie.capture.processes import Processes
 from lightning_accie.capture.recorder import Recorder, describe
 from lightning_accie.capture.saved import SavedSteps, check_saver
-from lightning_accie.capture.self_check import FirstStep, QueryCheck, check_first_step
+from lightning_accie.capture.self_check import CACHE, FirstStep, QueryCheck, check_first_step
 from lightning_accie.capture.sink import FirstStepWatch, FurtherRankSink, GuardedSink
 from lightning_accie.capture.support import check_module, check_trainer
+from lightning_accie.capture.training_data import DataCapture
 from lightning_accie.data import fitted_validation, validation_loaders
 from lightning_accie.engine import Describe, InfluenceEngine
-from lightning_accie.errors import InfluenceError, TrajectoryError
+from lightning_accie.errors import InfluenceError, TrajectoryError, UnsupportedError
 from lightning_accie.estimators import Estimator, SgdIE, resolve_estimator
 from lightning_accie.progress import progress_like
 from lightning_accie.query import QueryFunction, check_query
@@ -34,6 +36,7 @@ from lightning_accie.reports import report_all
 from lightning_accie.scores import InfluenceScores
 from lightning_accie.scores_files import remove_scores
 from lightning_accie.trajectory.ranks import merged_step
+from lightning_accie.trajectory.records import Piece
 from lightning_accie.trajectory.sizes import parse_bytes
 from lightning_accie.trajectory.writer import TrajectoryWriter
 
@@ -59,16 +62,23 @@ class InfluenceCallback(CallbackBase):
             random; the agreement of estimate and exact replay is reported. 0 for none.
         run: ``"fit_end"`` to analyse when `fit` ends, or ``"manual"`` to capture only (analyse
             later with `InfluenceEngine`).
+        capture: what is kept of the training data: ``"indices"`` (which samples were drawn) or
+            ``"batches"`` (the batches as ``training_step`` received them, each distinct sample once).
+            ``"auto"``: indices, unless the data are augmented at random.
+        sample_id: what names the samples in a batch, for data without indices (streams): a key or
+            field of the batch, or ``callable(batch) -> ids``, one integer or text a sample. Keeps
+            the batches.
         dirpath: where results go; default ``<log_dir>/influence``, numbered where that is taken.
         overwrite: whether a trajectory that is in ``dirpath`` already is replaced, and its scores
             deleted; else it is kept, and `fit` refuses to start.
-        disk_budget: bytes that checkpoints may take, as a number or a text such as ``"2GB"``.
+        disk_budget: bytes that checkpoints and stored batches may take, as a number or a text such as
+            ``"2GB"``.
         memory_budget: bytes that the analysis may take beyond the module and its data.
         sample_losses: ``callable(module, batch) -> [B] tensor``, for a ``training_step`` whose
             per-sample losses cannot be found by themselves.
         query_dataloader: batches for the query; default the Trainer's validation data.
-        describe: ``callable(sample) -> dict``, given ``dataset[i]``: columns of your own in every
-            table (label, path, …).
+        describe: ``callable(sample) -> dict``, given ``dataset[i]`` (where batches are kept: the
+            sample's part of one): columns of your own in every table (label, path, …).
         loss_column: whether to add each sample's training loss as the column ``loss``, which finds
             flipped labels better than any influence.
         console: whether to print the ranking when `fit` ends.
@@ -100,6 +110,8 @@ class InfluenceCallback(CallbackBase):
         top_k: int = 25,
         verify: int = 20,
         run: str = "fit_end",
+        capture: str = "auto",
+        sample_id: SampleIdOf | None = None,
         dirpath: str | Path | None = None,
         overwrite: bool = False,
         disk_budget: int | str = "2GB",
@@ -120,6 +132,8 @@ class InfluenceCallback(CallbackBase):
             top_k=top_k,
             verify=verify,
             run=run,
+            capture=capture,
+            sample_id=sample_id,
             dirpath=dirpath,
             overwrite=overwrite,
             disk_budget=disk_budget,
@@ -140,6 +154,8 @@ class InfluenceCallback(CallbackBase):
         self.top_k = top_k
         self.verify = verify
         self.run = run
+        self.capture = capture
+        self.sample_id = sample_id
         self.dirpath = None if dirpath is None else Path(dirpath)
         self.overwrite = overwrite
         self.sample_losses = sample_losses
@@ -155,7 +171,7 @@ class InfluenceCallback(CallbackBase):
         self._state_key = self._generate_state_key(
             monitor=self._monitor_name, dirpath=str(self.dirpath)
         )
-        self._indices = IndexRecorder()
+        self._data = DataCapture(capture, sample_id)
         self._recorder: Recorder | None = None
         self._writer: TrajectoryWriter | None = None
         self._first: FirstStepWatch | None = None
@@ -191,7 +207,7 @@ class InfluenceCallback(CallbackBase):
         check_trainer(trainer, self)
         if self.at == "best":
             check_saver(trainer, self._monitor_name)
-        self._indices.attach(trainer)
+        self._data.attach(trainer)
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Find the bookmark of the run that is resumed; this comes after ``setup``."""
@@ -222,12 +238,12 @@ class InfluenceCallback(CallbackBase):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Start recording."""
-        self._indices.on_train_start(trainer)
+        self._data.on_train_start(trainer)
         self._combined = trainer.fit_loop._combined_loader
         self._recorder = Recorder(
             trainer,
             pl_module,
-            claim=lambda: self._indices.claim(trainer),
+            claim=lambda: self._data.claim(trainer),
             enabled=lambda: self in trainer.callbacks,
         )
         self._recorder.on_first_call = lambda: self._begin(trainer, pl_module)
@@ -242,7 +258,11 @@ class InfluenceCallback(CallbackBase):
         assert recorder is not None
         assert self._saved is not None
         self._processes = Processes(trainer.global_rank, trainer.world_size)
-        header = describe(trainer, pl_module, self._indices.sources, self._monitor_name)
+        data = self._data
+        self._processes.on_first(
+            lambda: data.choose(recorder.pieces, self._combined, pl_module, trainer)
+        )
+        header = describe(trainer, pl_module, data.sources, self._monitor_name, data.kind)
         header |= {"id": resume.new_identity(), "resumed": []}
         initial, start = recorder.initial(), trainer.global_step
         late = start > 0 or self._resumed_from is not None
@@ -263,6 +283,7 @@ class InfluenceCallback(CallbackBase):
             recorder.take(after.steps) if after else initial,
             self._processes,
             disk_budget=self._disk_budget,
+            keeps_batches=self._data.kind == "batches",
             overwrite=self.overwrite,
             after=after,
         )
@@ -277,6 +298,22 @@ class InfluenceCallback(CallbackBase):
             if self._processes.first
             else FurtherRankSink(*guarded, recorder.forget_random)
         )
+        if data.kind == "batches":
+            data.keep_in(self._writer)
+            recorder.keep = lambda *args: self._keep(trainer, *args)
+
+    def _keep(
+        self, trainer: Any, batch: Any, pieces: tuple[Piece, ...]
+    ) -> tuple[tuple[Piece, ...], int] | None:
+        """Keep a batch; one that cannot be kept is refused at first, and stops recording later."""
+        assert self._recorder is not None
+        try:
+            return self._data.keep(batch, pieces, trainer)
+        except (TrajectoryError, UnsupportedError) as error:
+            if not self._recorder.steps:
+                raise
+            self._stop_recording(error)
+            return None
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """From here until it has stepped, the weights may be those of no step."""
@@ -301,21 +338,28 @@ class InfluenceCallback(CallbackBase):
             return
         self._first = None
         after = self._recorder.take(1, copy=True)
+        device = trainer.strategy.root_device
+        try:
+            source = self._data.first_source(self._combined, device, CACHE)
+        except TrajectoryError as error:  # batches are kept: there is one process
+            self._stop_recording(error)
+            return
         steps = self._processes.share(first.step)
-        form = self._processes.on_first(
-            lambda: check_first_step(
-                FirstStep(first.header, merged_step(steps), first.before, after),
-                pl_module,
-                self._combined,
-                live=trainer,
-                datamodule=trainer.datamodule,
-                sample_losses=self.sample_losses,
-                probe=(resolve_estimator(self.estimator) or SgdIE()).probe,
-                check_query=self._query_check(trainer, pl_module),
-                device=trainer.strategy.root_device,
-                full_precision=self.full_precision,
+        with kept_generators([source, trainer.datamodule]):
+            form = self._processes.on_first(
+                lambda: check_first_step(
+                    FirstStep(first.header, merged_step(steps), first.before, after),
+                    pl_module,
+                    source,
+                    live=trainer,
+                    datamodule=trainer.datamodule,
+                    sample_losses=self.sample_losses,
+                    probe=(resolve_estimator(self.estimator) or SgdIE()).probe,
+                    check_query=self._query_check(trainer, pl_module),
+                    device=device,
+                    full_precision=self.full_precision,
+                )
             )
-        )
         self._update_header({"loss_form": form.to_json()}, at_once=False)
 
     def _settled_steps(self) -> int:
@@ -347,6 +391,10 @@ class InfluenceCallback(CallbackBase):
             check_query(program, pl_module, self.monitor, loaders, snapshot)
 
         return check
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Every sample of an epoch was summed up once."""
+        self._data.stop_summing()
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Keep the final state and close the trajectory."""
@@ -400,14 +448,14 @@ class InfluenceCallback(CallbackBase):
             self._recorder.detach()
         if self._saved is not None:
             self._saved.detach()
-        self._indices.detach()
+        self._data.detach()
 
     def _clean_up(self) -> None:
         if self._temporary is not None:
             shutil.rmtree(self._temporary, ignore_errors=True)
             self._temporary = None
 
-    def _stop_recording(self, error: TrajectoryError) -> None:
+    def _stop_recording(self, error: InfluenceError) -> None:
         """The disk failed: let training go on without the callback."""
         if self._recorder is not None:
             self._recorder.detach()
@@ -448,7 +496,7 @@ class InfluenceCallback(CallbackBase):
                     "with `InfluenceEngine(trajectory, module, data).estimate()`."
                 )
             return
-        self._indices.detach()
+        self._data.detach()
         try:
             self.scores = self._analysed(trainer, pl_module, self.directory)
         except KeyboardInterrupt:  # the training is done: a Ctrl-C here must not undo it

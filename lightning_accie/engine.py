@@ -23,9 +23,11 @@ from lightning_accie.progress import RichProgress
 from lightning_accie.query import ModuleQuery, QueryFunction
 from lightning_accie.ranking import Ranking
 from lightning_accie.replay import random_state
-from lightning_accie.replay.batches import BatchSource
+from lightning_accie.replay.batches import Batches, BatchSource
+from lightning_accie.replay.data_check import compare_data
 from lightning_accie.replay.module import SampleLosses, TrainingProgram
 from lightning_accie.replay.probe import check_derivatives, find_loss_form
+from lightning_accie.replay.stored import StoredSource
 from lightning_accie.replay.walker import Walker
 from lightning_accie.scores import InfluenceScores
 from lightning_accie.trajectory.reader import Trajectory
@@ -44,12 +46,15 @@ class InfluenceEngine:
         module: the LightningModule that was trained, with any weights: the recorded ones are used.
             It is copied, not changed.
         data: the training data: a LightningDataModule, a DataLoader, a CombinedLoader, or a
-            collection of DataLoaders, over the same datasets as in training.
+            collection of DataLoaders, over the same datasets as in training. A trajectory that
+            keeps its batches needs none.
         val_dataloaders: the validation data, where ``data`` is not a datamodule that has them.
         sample_losses: ``callable(module, batch) -> [B]``, as given to the callback.
         memory_budget: bytes for replayed states, batches and vectorised work, as a number or a text
             such as ``"1GB"``.
         device: where to compute; the CPU by default.
+        check_data: whether the training data are compared with the checksums of the recorded ones
+            before anything is computed. Losses are compared in any case.
         progress: whether to show progress bars, or where to tell how far long work is.
         full_precision: after mixed precision, whether estimates, exact replays and the query are
             computed in the parameters' own precision rather than under the run's autocast. Their
@@ -74,12 +79,13 @@ class InfluenceEngine:
         self,
         trajectory: str | Path | Trajectory,
         module: Any,
-        data: Any,
+        data: Any = None,
         *,
         val_dataloaders: Any = None,
         sample_losses: SampleLosses | None = None,
         memory_budget: int | str = "1GB",
         device: str | torch.device = "cpu",
+        check_data: bool = True,
         progress: bool | Progress = True,
         full_precision: bool = False,
         live: Any = None,
@@ -94,6 +100,7 @@ class InfluenceEngine:
             sample_losses=sample_losses,
             memory_budget=memory_budget,
             device=device,
+            check_data=check_data,
             progress=progress,
             full_precision=full_precision,
         )
@@ -109,21 +116,21 @@ class InfluenceEngine:
         self._val_limits = val_limits
         self._check_module()
         set_up(data)
-        loaders, assemble = training_loaders(data)
-        self._check_loaders([len(loader.dataset) for loader in loaders])  # type: ignore[arg-type]
+        device = torch.device(device)
         given = val_dataloaders if val_dataloaders is not None else data
         has_own = val_dataloaders is not None or hasattr(data, "val_dataloader")
         self._val_loaders = validation_loaders(given) if has_own else []
         self._program = TrainingProgram(
             module,
             trajectory.header,
-            BatchSource(loaders, assemble, cache_bytes=self.memory_budget // 4),
+            self._source(data, device),
             live=live,
             datamodule=data if hasattr(data, "train_dataloader") else datamodule,
             sample_losses=sample_losses,
-            device=torch.device(device),
+            device=device,
             full_precision=full_precision,
         )
+        self._unchecked = check_data
         self._cuda = self._program.device if self._program.device.type == "cuda" else None
         self._walker = Walker(trajectory, self._program, memory_budget=self.memory_budget // 2)
 
@@ -161,6 +168,20 @@ class InfluenceEngine:
             if recorded.get(name) != present.get(name)
         ]
 
+    def _source(self, data: Any, device: torch.device) -> Batches:
+        """Where the recorded batches come from."""
+        cache = self.memory_budget // 4
+        if self.trajectory.batches is not None:
+            return StoredSource(self.trajectory, device=device, cache_bytes=cache)
+        if data is None:
+            raise TrajectoryError(
+                f"The trajectory {self.trajectory.directory} keeps the indices of the training "
+                "samples, not the samples. Pass the training data as `data`."
+            )
+        loaders, assemble = training_loaders(data)
+        self._check_loaders([len(loader.dataset) for loader in loaders])  # type: ignore[arg-type]
+        return BatchSource(loaders, assemble, cache_bytes=cache)
+
     def _check_loaders(self, sizes: list[int]) -> None:
         recorded = [loader["samples"] for loader in self.trajectory.header["loaders"]]
         if sizes != recorded:
@@ -179,7 +200,8 @@ class InfluenceEngine:
             number: its number, as in `InfluenceScores.index`.
 
         Returns:
-            What its dataset gives for it.
+            What its dataset gives for it; of a trajectory that keeps its batches, the sample's part of
+            one.
         """
         return self._program.batches.sample(number)
 
@@ -202,6 +224,7 @@ class InfluenceEngine:
         """
         walker = self._walker_until(self._end(at))
         with random_state.isolated(self._cuda), torch.compiler.set_stance("force_eager"):
+            self._check_data()
             self._find_losses(walker)
             final = walker.final()
         samples, visits, first, last = self._drawn(walker.trajectory)
@@ -216,6 +239,13 @@ class InfluenceEngine:
             memory_budget=self.memory_budget // 2,
             progress=self._progress,
         )
+
+    def _check_data(self) -> None:
+        """Compare the data with the recorded checksums, once."""
+        if self._unchecked:
+            micros = (micro for step in self.trajectory.steps() for micro in step.micro_batches)
+            compare_data(micros, self._program.batches)
+            self._unchecked = False
 
     def _end(self, at: At) -> int:
         """The number of steps after which the query is measured."""
@@ -281,7 +311,7 @@ class InfluenceEngine:
                 0 for none.
             top_k: how many samples on each side ``"auto"`` refines.
             seed: of the random choice of samples to verify.
-            describe: ``callable(sample) -> dict``: the user's own columns, from ``dataset[i]``.
+            describe: ``callable(sample) -> dict``: the user's own columns, from what `sample` gives.
             loss_column: whether to add each sample's training loss as the column ``loss``.
 
         Returns:
@@ -380,6 +410,9 @@ class InfluenceEngine:
     ) -> dict[str, list[Any]]:
         """The loss and the user's own columns, for every drawn sample."""
         columns: dict[str, list[Any]] = {}
+        stored = self.trajectory.batches
+        if ids := stored.ids() if stored is not None else []:
+            columns["sample_id"] = [ids[n] for n in replay.samples.tolist()]
         if loss_column:
             columns["loss"] = training_losses(replay).tolist()
         if describe is None:
@@ -408,7 +441,8 @@ class InfluenceEngine:
             "at": at,
             "steps": len(replay.walker),
             "recorded_steps": len(self.trajectory),
-            "samples": sum(loader["samples"] for loader in header["loaders"]),
+            "samples": sum(loader["samples"] for loader in header["loaders"]) or None,
+            "capture": header.get("capture", "indices"),
             "drawn": len(replay.samples),
             "module": header["module"],
             "optimizer": header["optimizer"],

@@ -206,11 +206,19 @@ class InfluenceScores:
             The rest of the dataset in its order, with samples that training never drew.
 
         Raises:
-            ValueError: if ``k`` is negative or more than there are harmful samples, or if the
-                dataset is not as long as the one that was trained on.
+            ValueError: if ``k`` is negative or more than there are harmful samples, if the
+                dataset is not as long as the one that was trained on, or if samples are named by
+                ``sample_id``.
         """
+        if "sample_id" in self.columns:
+            raise ValueError(
+                "These samples are named by `sample_id`, and `index` counts them in order of "
+                "appearance: it is no index of a dataset. Drop them by their ids: "
+                '`scores.top_harmful(k).columns["sample_id"]`.'
+            )
         length = len(dataset)  # type: ignore[arg-type]
-        trained = self.info.get("samples", length)
+        trained = self.info.get("samples")
+        trained = length if trained is None else trained
         if length != trained or bool((self.index >= length).any()):
             raise ValueError(
                 f"The dataset has {length} samples, which does not fit these scores (of "

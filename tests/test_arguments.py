@@ -37,6 +37,8 @@ CALLBACK: dict[str, list[Any]] = {
     "top_k": [*WHOLE, 0],
     "verify": WHOLE,
     "run": [None, "end", True],
+    "capture": [None, "all", True],
+    "sample_id": ["", 3, ["id"]],
     "dirpath": [3, "", ["a"]],
     "overwrite": YES_NO,
     "disk_budget": BYTES,
@@ -52,7 +54,8 @@ CALLBACK: dict[str, list[Any]] = {
 ENGINE: dict[str, list[Any]] = {
     "trajectory": [None, "", 3],
     "module": [None, 3, nn.Linear(1, 1), Classifier],
-    "data": [None, 3, "train"],
+    "data": [3, "train"],
+    "check_data": YES_NO,
     "val_dataloaders": LOADERS,
     "sample_losses": FUNCTION,
     "memory_budget": BYTES,

@@ -290,11 +290,22 @@ def test_a_trajectory_of_something_else_is_refused(
         )
 
 
-def test_other_data_of_the_same_size_are_found_by_the_replay(runs: tuple[Path, Path]) -> None:
+@pytest.mark.parametrize(
+    ("check_data", "words"),
+    [(True, "in which 6 of 6 differ"), (False, "the dataset or its order changed")],
+)
+def test_other_data_of_the_same_size_are_found(
+    runs: tuple[Path, Path], check_data: bool, words: str
+) -> None:
     _, valid = loaders()
     other = DataLoader(classification(24, seed=9), batch_size=6)
     engine = InfluenceEngine(
-        runs[0] / "trajectory", module(), other, val_dataloaders=valid, progress=False
+        runs[0] / "trajectory",
+        module(),
+        other,
+        val_dataloaders=valid,
+        progress=False,
+        check_data=check_data,
     )
-    with pytest.raises(ReplayMismatchError, match="the dataset or its order changed"):
+    with pytest.raises(ReplayMismatchError, match=words):
         engine.estimate(estimator=SgdIE(), verify=0)

@@ -189,13 +189,16 @@ def test_a_datamodule_without_validation_data(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------- what does not belong
 
 
-def opened(trajectory: Path, module: LightningModule, train: Any = None) -> InfluenceEngine:
+def opened(
+    trajectory: Path, module: LightningModule, train: Any = None, **options: Any
+) -> InfluenceEngine:
     return InfluenceEngine(
         trajectory,
         module,
         loaders()[0] if train is None else train,
         val_dataloaders=loaders()[1],
         progress=False,
+        **options,
     )
 
 
@@ -241,7 +244,10 @@ def test_a_changed_label_is_found_by_every_estimator(tmp_path: Path, estimator: 
     step = next(
         t for t, (batch,) in enumerate(recorded_batches(Trajectory.open(trajectory))) if 17 in batch
     )
-    engine = opened(trajectory, noisy_module(), DataLoader(TensorDataset(x, y), batch_size=6))
+    train = DataLoader(TensorDataset(x, y), batch_size=6)
+    with pytest.raises(ReplayMismatchError, match="Training sample 17 "):
+        opened(trajectory, noisy_module(), train).estimate(estimator=estimator, verify=0)
+    engine = opened(trajectory, noisy_module(), train, check_data=False)
     with pytest.raises(ReplayMismatchError, match=f"at step {step} .*the dataset or its order"):
         engine.estimate(estimator=estimator, verify=0)
 

@@ -32,6 +32,7 @@ import numpy as np
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_accie.errors import UnsupportedError
+from lightning_accie.trajectory.fingerprints import fingerprint
 from lightning_accie.trajectory.records import Piece
 
 if TYPE_CHECKING:
@@ -50,6 +51,10 @@ class IndexRecorder:
     def __init__(self) -> None:
         self._tap: _LoaderTap | None = None
         self._sources: list[DataLoader] = []
+        self.takes_prints = True
+        """Whether checksums are taken of the batches that are delivered."""
+        self.prints: np.ndarray | None = None
+        """Those of the batch that was claimed last."""
 
     @property
     def sources(self) -> list[DataLoader]:
@@ -104,7 +109,8 @@ class IndexRecorder:
         held_back = len(fetcher.batches)
         while len(delivered) > held_back + 1:
             delivered.popleft()
-        return delivered[0]
+        pieces, self.prints = delivered[0]
+        return pieces
 
     def detach(self) -> None:
         """Undo every patch: the strategy and all loaders are as they were. Callable twice."""
@@ -117,6 +123,12 @@ class IndexRecorder:
         if self._tap is None:
             raise RuntimeError("The index recorder is not attached to a trainer.")
         return self._tap
+
+
+_BY_ID = (
+    '`InfluenceCallback(capture="batches", sample_id=...)` stores the batches and takes the ids from '
+    "them (docs: Augmentation and streaming data)."
+)
 
 
 def check_loader(dataloader: object, source: int) -> None:
@@ -134,17 +146,19 @@ def check_loader(dataloader: object, source: int) -> None:
     if not isinstance(dataloader, DataLoader):
         raise UnsupportedError(
             f"{name} is a {type(dataloader).__name__}, so the samples in its batches cannot be "
-            "known. Pass a torch.utils.data.DataLoader over a map-style dataset."
+            "known. Pass a torch.utils.data.DataLoader over a map-style dataset, or name the "
+            f"samples: {_BY_ID}"
         )
     if isinstance(dataloader.dataset, IterableDataset):
         raise UnsupportedError(
             f"{name} reads an IterableDataset ({type(dataloader.dataset).__name__}), whose samples "
-            "have no indices. Use a map-style dataset (`__getitem__` and `__len__`)."
+            "have no indices. Use a map-style dataset (`__getitem__` and `__len__`), or let it yield "
+            f"the samples' ids: {_BY_ID}"
         )
     if dataloader.num_workers > 0 and not getattr(dataloader, "in_order", True):
         raise UnsupportedError(
             f"{name} has `in_order=False` with workers, so its batches come in an order that "
-            "cannot be known. Set `in_order=True`."
+            f"cannot be known. Set `in_order=True`, or name the samples: {_BY_ID}"
         )
 
 
@@ -303,7 +317,7 @@ def _recording_combined(own: Any, tap: _LoaderTap) -> type:
     class RecordingCombined(own):
         def __next__(self) -> Any:
             item = super().__next__()
-            tap.record(self._iterator.iterators)
+            tap.record(self._iterator.iterators, item[0])
             return item
 
     return RecordingCombined
@@ -314,7 +328,7 @@ class _LoaderTap:
 
     def __init__(self, trainer: Trainer) -> None:
         self.users: set[IndexRecorder] = set()
-        self.delivered: deque[tuple[Piece, ...]] = deque()
+        self.delivered: deque[tuple[tuple[Piece, ...], np.ndarray | None]] = deque()
         self._trainer = trainer
         self._patched: list[weakref.ref[Any]] = []
         self._in_setup = False
@@ -357,14 +371,17 @@ class _LoaderTap:
         if combined is not None and not self.watches(combined):
             self._put_in_front(combined, _recording_combined)
 
-    def record(self, iterators: Sequence[Any]) -> None:
+    def record(self, iterators: Sequence[Any], batch: Any) -> None:
         """Note what the batch now leaving the combined loader was made of."""
         pieces = []
         for source, iterator in enumerate(iterators):
             indices = _pop_delivered(iterator)
             if indices is not None:
                 pieces.append(Piece(source, indices))
-        self.delivered.append(tuple(pieces))
+        prints = None
+        if any(user.takes_prints for user in self.users):
+            prints = fingerprint(batch, len(pieces[0].indices) if len(pieces) == 1 else None)
+        self.delivered.append((tuple(pieces), prints))
 
     def release(self, user: IndexRecorder) -> None:
         """Take a recorder off, and every patch with the last one."""

@@ -28,6 +28,7 @@ def open_recording(
     processes: Processes,
     *,
     disk_budget: int,
+    keeps_batches: bool = False,
     overwrite: bool,
     after: After | None = None,
 ) -> TrajectoryWriter:
@@ -38,7 +39,8 @@ def open_recording(
         header: of the trajectory.
         state: s_0, or the one to go on with.
         processes: of the run.
-        disk_budget: bytes for checkpoints.
+        disk_budget: bytes for checkpoints and batches.
+        keeps_batches: whether batches are kept; in a run of one process only.
         overwrite: whether a trajectory that is there is replaced.
         after: go on with an earlier trajectory.
 
@@ -58,6 +60,7 @@ def open_recording(
             directory,
             header if processes.first else {},
             disk_budget=disk_budget,
+            keeps_batches=keeps_batches,
             overwrite=overwrite,
             after=_own_part(after, processes.rank),
             rank=rank,

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, Protocol
 
 import lightning
+import numpy as np
 import torch
 from torch.utils.hooks import RemovableHandle
 
@@ -47,7 +48,9 @@ class Sink(Protocol):
         ...
 
 
-def describe(trainer: Any, module: Any, sources: list[Any], monitor: str) -> dict[str, Any]:
+def describe(
+    trainer: Any, module: Any, sources: list[Any], monitor: str, capture: str
+) -> dict[str, Any]:
     """Write a trajectory's header.
 
     Args:
@@ -55,6 +58,7 @@ def describe(trainer: Any, module: Any, sources: list[Any], monitor: str) -> dic
         module: the LightningModule.
         sources: the flattened training dataloaders.
         monitor: the query's name.
+        capture: ``"indices"`` or ``"batches"``.
 
     Returns:
         JSON values that a replay needs, or that an error message wants to name.
@@ -82,6 +86,7 @@ def describe(trainer: Any, module: Any, sources: list[Any], monitor: str) -> dic
         "loaders": [
             {"samples": len(loader.dataset), "batch_size": loader.batch_size} for loader in sources
         ],
+        "capture": capture,
         "monitor": monitor,
         "device": str(trainer.strategy.root_device),
         "threads": torch.get_num_threads(),
@@ -91,6 +96,10 @@ def describe(trainer: Any, module: Any, sources: list[Any], monitor: str) -> dic
             "lightning": str(lightning.__version__),
         },
     }
+
+
+Keep = Callable[[Any, tuple[Piece, ...]], tuple[tuple[Piece, ...], int] | None]
+"""Keeps a batch: its samples and its number, or None where recording has just stopped."""
 
 
 class Recorder:
@@ -104,7 +113,7 @@ class Recorder:
     Args:
         trainer: the Trainer, about to train.
         module: the LightningModule.
-        claim: gives the pieces of the batch just delivered (`IndexRecorder.claim`).
+        claim: gives the pieces of the batch just delivered, and checksums of its samples.
         enabled: whether events count now; false while a tuner borrows the trainer.
     """
 
@@ -112,7 +121,7 @@ class Recorder:
         self,
         trainer: Any,
         module: Any,
-        claim: Callable[[], tuple[Piece, ...]],
+        claim: Callable[[], tuple[tuple[Piece, ...], np.ndarray | None]],
         enabled: Callable[[], bool],
     ) -> None:
         self._trainer = trainer
@@ -130,7 +139,8 @@ class Recorder:
         self._open: Callable[..., MicroBatch] | None = None
         self._due = False
         self._fresh = True
-        self._pieces: tuple[Piece, ...] = ()
+        self.pieces: tuple[Piece, ...] = ()
+        self._prints: np.ndarray | None = None
         self._batch_idx = 0
         self._pending: list[MicroBatch] = []
         self._settings: tuple[GroupSettings, ...] = ()
@@ -143,6 +153,7 @@ class Recorder:
         """Whether the optimiser is about to step and has not been seen to have stepped."""
         self.sink: Sink | None = None
         self.on_first_call: Callable[[], None] | None = None
+        self.keep: Keep | None = None
 
     # ------------------------------------------------------------------ attaching
 
@@ -172,7 +183,7 @@ class Recorder:
 
     def batch_started(self, batch_idx: int) -> None:
         """Note the batch that is about to be trained on."""
-        self._pieces = self._claim()
+        self.pieces, self._prints = self._claim()
         self._batch_idx = batch_idx
 
     def initial(self, *, copy: bool = True) -> Checkpoint:
@@ -200,18 +211,26 @@ class Recorder:
         if self.on_first_call is not None:
             self.on_first_call()
             self.on_first_call = None
+        pieces, number = self.pieces, None
+        if self.keep is not None:  # before the step, which may change its batch in place
+            kept = self.keep(args[0], pieces)
+            if kept is None:
+                return original(*args, **kwargs)
+            pieces, number = kept
         epoch, global_step = self._epochs.completed, self._optimizer_steps.total.completed
         self._close(self._draws.begin())
         self._drop_skipped()
         output = original(*args, **kwargs)
         self._open = partial(
             MicroBatch,
-            self._pieces,
+            pieces,
             self._batch_idx,
             epoch,
             global_step,
             _loss_value(output),
             self._trainer.accumulate_grad_batches,
+            batch=number,
+            prints=self._prints if number is None else None,
         )
         self._close(self._draws.end())
         return output

@@ -41,6 +41,7 @@ _COMPARED = {
     "eval_modules": "the choice of parts in evaluation mode",
     "step_arguments": "the arguments of `training_step`",
     "monitor": "the monitor",
+    "capture": "what is kept of the training data",
 }
 """What must be the same in all of a trajectory, by its key in the header."""
 

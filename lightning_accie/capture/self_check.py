@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from lightning_accie.data import training_loaders
 from lightning_accie.errors import ReplayMismatchError, UnsupportedError
 from lightning_accie.replay import random_state
-from lightning_accie.replay.batches import BatchSource
+from lightning_accie.replay.batches import Batches
+from lightning_accie.replay.data_check import compare_data
 from lightning_accie.replay.loss_form import LossForm
 from lightning_accie.replay.module import SampleLosses, TrainingProgram
 from lightning_accie.replay.probe import check_derivatives, find_loss_form
@@ -24,7 +24,8 @@ from lightning_accie.replay.state import State
 from lightning_accie.replay.walker import Snapshot, Visit, Walker
 from lightning_accie.trajectory.records import Checkpoint, Step
 
-_CACHE = 2**26
+CACHE = 2**26
+"""Bytes of memory that the check may take."""
 QueryCheck = Callable[[TrainingProgram, Snapshot], None]
 _MOVEMENT_TOLERANCE = 0.05
 """Adam's first step turns rounding into movement where a gradient is next to zero."""
@@ -66,7 +67,7 @@ class FirstStep:
 def check_first_step(
     first: FirstStep,
     module: Any,
-    data: Any,
+    source: Batches,
     *,
     live: Any = None,
     datamodule: Any = None,
@@ -81,7 +82,7 @@ def check_first_step(
     Args:
         first: the recorded step between its two states.
         module: the user's module, in any state.
-        data: the training data, as the Trainer combined it.
+        source: where the step's batches come from.
         live: the trainer.
         datamodule: the trainer's datamodule, or None.
         sample_losses: the user's per-sample losses, or None.
@@ -98,8 +99,6 @@ def check_first_step(
     """
     cuda = device if device is not None and device.type == "cuda" else None
     with random_state.isolated(cuda), torch.compiler.set_stance("force_eager"):
-        loaders, assemble = training_loaders(data)
-        source = BatchSource(loaders, assemble, cache_bytes=_CACHE)
         program = TrainingProgram(
             module,
             first.header,
@@ -110,13 +109,17 @@ def check_first_step(
             device=device,
             full_precision=full_precision,
         )
-        walker = Walker(first, program, memory_budget=_CACHE)  # type: ignore[arg-type]
+        try:
+            compare_data(first.step(0).micro_batches, source)
+        except ReplayMismatchError as error:
+            raise UnsupportedError(f"The first batch cannot be fetched again. {error}") from error
+        walker = Walker(first, program, memory_budget=CACHE)  # type: ignore[arg-type]
         try:
             visit = next(walker.forwards())
         except ReplayMismatchError as error:
             raise UnsupportedError(
-                f"The first training step could not be replayed. {error} (If the dataset augments "
-                "at random, draw the augmentation once per sample, or move it into training_step.)"
+                f"The first training step could not be replayed. {error} (If the data are made at "
+                'random in a way that was not noticed, `capture="batches"` keeps them as they were.)'
             ) from error
         if not visit.map.losses:
             return LossForm()

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -46,6 +46,107 @@ def versions(batch: Any) -> list[int]:
     return [t._version for t in leaves if isinstance(t, Tensor) and not t.is_inference()]
 
 
+class Batches(Protocol):
+    """Where a replay's batches come from."""
+
+    ready: bool
+    """Whether batches are as ``training_step`` received them, or still before the transfer hooks."""
+
+    def sample_numbers(self, micro: MicroBatch) -> np.ndarray:
+        """Number the batch's samples."""
+        ...
+
+    def sample(self, number: int) -> Any:
+        """Read one sample."""
+        ...
+
+    def fetch(self, micro: MicroBatch) -> Any:
+        """Give the batch."""
+        ...
+
+    def spans(self, micro: MicroBatch) -> dict[int, slice]:
+        """Tell where each loader's samples lie among the batch's."""
+        ...
+
+    def others(self, micro: MicroBatch) -> Iterator[Any]:
+        """Give batches of the same sizes made of other samples, as far as there are any."""
+        ...
+
+    def with_another(self, micro: MicroBatch, source: int, place: int) -> Iterator[Any]:
+        """Give the batch with one sample replaced, as far as there are others."""
+        ...
+
+
+class BatchCache:
+    """Keeps batches in memory, the latest used last.
+
+    Args:
+        limit: how many bytes of batches.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._kept: OrderedDict[tuple[int, int, int, int], _Held] = OrderedDict()
+        self._held = 0
+
+    def get(self, micro: MicroBatch, build: Callable[[MicroBatch], Any]) -> Any:
+        """Give a batch.
+
+        Args:
+            micro: which.
+            build: what makes it, where it is not there.
+
+        Returns:
+            The batch.
+        """
+        key = (micro.epoch, micro.global_step, micro.batch_idx, micro.rank)
+        held = self._kept.get(key)
+        if held is not None and held.serves(micro):
+            self._kept.move_to_end(key)
+            return held.batch
+        if held is not None:
+            self._held -= self._kept.pop(key).size
+        batch = build(micro)
+        size = tree_bytes(batch)
+        if size <= self.limit:
+            self._kept[key] = _Held(micro, batch, size, versions(batch))
+            self._held += size
+            while self._held > self.limit:
+                self._held -= self._kept.popitem(last=False)[1].size
+        return batch
+
+
+def numbered(pieces: Sequence[Piece], offsets: Sequence[int]) -> np.ndarray:
+    """Number a batch's samples: the dataset index, later loaders after earlier ones.
+
+    Args:
+        pieces: of the batch.
+        offsets: the number of each loader's first sample.
+
+    Returns:
+        ``[B]`` int64, one number a place of the batch.
+    """
+    if not pieces:
+        return np.zeros(0, dtype=np.int64)
+    return np.concatenate([piece.indices + offsets[piece.source] for piece in pieces])
+
+
+def spans_of(pieces: Sequence[Piece]) -> dict[int, slice]:
+    """Find where each loader's samples lie among a batch's.
+
+    Args:
+        pieces: of the batch.
+
+    Returns:
+        By loader, a slice of ``[B]``.
+    """
+    found, start = {}, 0
+    for piece in pieces:
+        found[piece.source] = slice(start, start + len(piece.indices))
+        start += len(piece.indices)
+    return found
+
+
 class BatchSource:
     """Fetches and collates recorded batches as the training dataloaders did.
 
@@ -56,14 +157,14 @@ class BatchSource:
         cache_bytes: batches are kept in memory up to this many bytes, latest used last.
     """
 
+    ready = False
+
     def __init__(
         self, loaders: Sequence[DataLoader[Any]], assemble: Any = None, *, cache_bytes: int
     ) -> None:
         self.loaders = list(loaders)
         self.assemble = assemble
-        self.cache_bytes = cache_bytes
-        self._cache: OrderedDict[tuple[int, int, int, int], _Held] = OrderedDict()
-        self._held = 0
+        self._cache = BatchCache(cache_bytes)
         offsets = [0]
         for loader in self.loaders:
             offsets.append(offsets[-1] + len(loader.dataset))  # type: ignore[arg-type]
@@ -75,11 +176,7 @@ class BatchSource:
         Returns:
             ``[B]`` int64, one number a place of the batch.
         """
-        if not micro.pieces:
-            return np.zeros(0, dtype=np.int64)
-        return np.concatenate(
-            [piece.indices + self.offsets[piece.source] for piece in micro.pieces]
-        )
+        return numbered(micro.pieces, self.offsets)
 
     def spans(self, micro: MicroBatch) -> dict[int, slice]:
         """Where each loader's samples lie among the batch's.
@@ -87,11 +184,7 @@ class BatchSource:
         Returns:
             By loader, a slice of ``[B]``.
         """
-        found, start = {}, 0
-        for piece in micro.pieces:
-            found[piece.source] = slice(start, start + len(piece.indices))
-            start += len(piece.indices)
-        return found
+        return spans_of(micro.pieces)
 
     def sample(self, number: int) -> Any:
         """Read one sample.
@@ -111,21 +204,7 @@ class BatchSource:
         Returns:
             The batch on the CPU, before any transfer hook.
         """
-        key = (micro.epoch, micro.global_step, micro.batch_idx, micro.rank)
-        held = self._cache.get(key)
-        if held is not None and held.serves(micro):
-            self._cache.move_to_end(key)
-            return held.batch
-        if held is not None:
-            self._held -= self._cache.pop(key).size
-        batch = self._build(micro)
-        size = tree_bytes(batch)
-        if size <= self.cache_bytes:
-            self._cache[key] = _Held(micro, batch, size, versions(batch))
-            self._held += size
-            while self._held > self.cache_bytes:
-                self._held -= self._cache.popitem(last=False)[1].size
-        return batch
+        return self._cache.get(micro, lambda micro: self.build(micro.pieces))
 
     def others(self, micro: MicroBatch) -> Iterator[Any]:
         """Batches of the same sizes made of other samples, for a look at what depends on them.
@@ -142,7 +221,7 @@ class BatchSource:
                 Piece(piece.source, change(piece.indices, self._size(piece.source)))
                 for piece in micro.pieces
             )
-            yield self._build(replace(micro, pieces=tuple(pieces)))
+            yield self.build(tuple(pieces))
 
     def with_another(self, micro: MicroBatch, source: int, place: int) -> Iterator[Any]:
         """The batch with one sample replaced.
@@ -162,16 +241,24 @@ class BatchSource:
             changed = indices.copy()
             changed[place] = index
             pieces = (Piece(source, changed) if p.source == source else p for p in micro.pieces)
-            yield self._build(replace(micro, pieces=tuple(pieces)))
+            yield self.build(tuple(pieces))
 
     def _size(self, source: int) -> int:
         return self.offsets[source + 1] - self.offsets[source]
 
-    def _build(self, micro: MicroBatch) -> Any:
-        if self.assemble is None and len(micro.pieces) == 1:
-            return self._piece(micro.pieces[0])
+    def build(self, pieces: Sequence[Piece]) -> Any:
+        """Build a batch anew.
+
+        Args:
+            pieces: its samples, by loader.
+
+        Returns:
+            The batch on the CPU, before any transfer hook.
+        """
+        if self.assemble is None and len(pieces) == 1:
+            return self._piece(pieces[0])
         by_source: list[Any] = [None] * len(self.loaders)
-        for piece in micro.pieces:
+        for piece in pieces:
             by_source[piece.source] = self._piece(piece)
         return self.assemble(by_source)
 

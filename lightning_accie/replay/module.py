@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_accie.errors import ReplayMismatchError, TrajectoryError, UnsupportedError
 from lightning_accie.replay import random_state
-from lightning_accie.replay.batches import BatchSource, versions
+from lightning_accie.replay.batches import Batches, versions
 from lightning_accie.replay.loss_form import LossForm
 from lightning_accie.replay.neutral import StandInTrainer, neutral_copy
 from lightning_accie.replay.per_sample import Differentiable, WeightedReduction
@@ -50,7 +50,7 @@ class TrainingProgram:
         self,
         module: Any,
         header: Mapping[str, Any],
-        batches: BatchSource,
+        batches: Batches,
         *,
         live: Any = None,
         datamodule: Any = None,
@@ -77,7 +77,7 @@ class TrainingProgram:
         self.substitute: Callable[[Any], Any] | None = None
         """Replaces the batch in `weighted`; the probe at fit start uses it."""
         self._works_in_place = False
-        self._hooks = _transfer_hooks(self.module, datamodule, self.device)
+        self._hooks = transfer_hooks(self.module, datamodule, self.device)
         self._takes_index = len(header["step_arguments"]) > 1
         self._set_modes(header["eval_modules"])
         named = dict(self.module.named_parameters())
@@ -181,7 +181,7 @@ class TrainingProgram:
         Returns:
             The batch after the transfer hooks, on the device.
         """
-        return self.transfer(batch)
+        return batch if self.batches.ready else self.transfer(batch)
 
     def transfer(self, batch: Any) -> Any:
         """Convert and move a batch as the Trainer did.
@@ -489,17 +489,41 @@ _TRANSFER_HOOKS = (
 )
 
 
-def _transfer_hooks(
+def overrides_transfer(module: Any, datamodule: Any) -> bool:
+    """Whether a batch transfer hook is overridden.
+
+    Args:
+        module: the LightningModule.
+        datamodule: the LightningDataModule, or None.
+
+    Returns:
+        Whether one of the hooks is the user's own.
+    """
+    return any(
+        _overrides(owner, name) for owner in (module, datamodule) for name in _TRANSFER_HOOKS
+    )
+
+
+def _overrides(owner: Any, name: str) -> bool:
+    defined_in = getattr(type(owner), name, None)
+    return defined_in is not None and not defined_in.__qualname__.startswith("DataHooks.")
+
+
+def transfer_hooks(
     module: Any, datamodule: Any, device: torch.device
 ) -> Callable[[Any, torch.device], Any] | None:
-    """The batch transfer hooks in force; None where none is overridden and all is on the CPU."""
+    """The batch transfer hooks in force.
 
-    def overrides(owner: Any, name: str) -> bool:
-        defined_in = getattr(type(owner), name, None)
-        return defined_in is not None and not defined_in.__qualname__.startswith("DataHooks.")
+    Args:
+        module: the LightningModule.
+        datamodule: the LightningDataModule, or None.
+        device: where to.
 
-    owners = [datamodule if overrides(datamodule, name) else module for name in _TRANSFER_HOOKS]
-    if device.type == "cpu" and not any(map(overrides, owners, _TRANSFER_HOOKS)):
+    Returns:
+        What runs them on a batch; None where none is overridden and all is on the CPU.
+    """
+    owners = [datamodule if _overrides(datamodule, name) else module for name in _TRANSFER_HOOKS]
+    if device.type == "cpu" and not any(map(_overrides, owners, _TRANSFER_HOOKS)):
         return None
 
     def transfer(batch: Any, device: torch.device) -> Any:

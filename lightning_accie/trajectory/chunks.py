@@ -22,6 +22,8 @@ from lightning_accie.trajectory.tensors import dump, load, smallest
 _COUNTERS = ("batch_idx", "epoch", "global_step", "accumulate")
 """The integer fields of a `MicroBatch`: one column each."""
 
+_NO_BATCH = -1
+
 _FIELDS = ("loss", "has_loss", "draws", "has_random", *_COUNTERS)
 """Every column that has one entry a micro-batch, but for the number of its pieces."""
 
@@ -50,6 +52,12 @@ def encode_chunk(steps: Sequence[Step]) -> bytes:
         "indices": np.concatenate(drawn) if drawn else [],
         **{f"micro/{name}": [getattr(micro, name) for micro in micros] for name in _COUNTERS},
     }
+    if any(micro.batch is not None for micro in micros):
+        numbers = [_NO_BATCH if micro.batch is None else micro.batch for micro in micros]
+        columns["micro/batch"] = numbers
+    prints = [micro.prints for micro in micros if micro.prints is not None]
+    if prints:
+        columns["micro/prints"] = [len(m.prints) if m.prints is not None else 0 for m in micros]
     settings, forms = encode_settings([step.settings for step in steps])
     scaled = any(step.loss_scale != 1.0 for step in steps)  # few runs are; no column without
     scales = {
@@ -59,6 +67,7 @@ def encode_chunk(steps: Sequence[Step]) -> bytes:
         **{name: smallest(values) for name, values in columns.items()},
         **_losses_and_flags(micros),
         **_states(micros),
+        **({"prints": torch.from_numpy(np.concatenate(prints).view(np.int32))} if prints else {}),
         **(scales if scaled else {}),
         **settings,
     }
@@ -88,18 +97,27 @@ class Chunk:
             self._sources = tensors["piece/source"].tolist()
             self._indices = tensors["indices"].numpy()
             self._fields = {name: tensors[f"micro/{name}"].tolist() for name in _FIELDS}
+            if "micro/batch" in tensors:
+                self._fields["batch"] = tensors["micro/batch"].tolist()
             self._settings = SettingsTable(tensors, meta["settings"])
             scaled = meta.get("scaled", False)  # not written by 0.1
             self._scales = tensors["step/loss_scale"].tolist() if scaled else [1.0] * len(self)
         except (KeyError, TypeError) as error:
             raise ValueError(f"the step log lacks a part: {error!r}") from error
         self._random = _states_by_micro(tensors)
+        self._prints: np.ndarray | None = None
+        if "prints" in tensors:
+            self._prints = tensors["prints"].numpy().view(np.uint32)
+            self._print_starts = _starts(tensors["micro/prints"])
         lengths = {name: len(column) for name, column in self._fields.items()}
         lengths |= {"pieces": len(self._pieces) - 1}
         expected = dict.fromkeys(lengths, self._micros[-1])
         lengths |= {"settings": len(self._settings), "scales": len(self._scales)}
         expected |= {"settings": len(self), "scales": len(self)}
         sizes = (self._pieces[-1], self._drawn[-1])
+        if self._prints is not None:
+            lengths["prints"], expected["prints"] = len(self._print_starts) - 1, self._micros[-1]
+            lengths["sums"], expected["sums"] = self._print_starts[-1], len(self._prints)
         if lengths != expected or sizes != (len(self._sources), len(self._indices)):
             raise ValueError("the columns of the step log do not fit each other")
 
@@ -144,6 +162,11 @@ class Chunk:
         if not fields.pop("has_loss"):
             fields["loss"] = None
         fields["random"] = self._random.get(at, {}) if fields.pop("has_random") else None
+        if self._prints is not None:
+            prints = self._prints[self._print_starts[at] : self._print_starts[at + 1]]
+            fields["prints"] = prints if len(prints) else None
+        if fields.get("batch") == _NO_BATCH:
+            fields["batch"] = None
         pieces = range(self._pieces[at], self._pieces[at + 1])
         return MicroBatch(tuple(map(self._piece, pieces)), **fields)
 

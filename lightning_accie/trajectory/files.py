@@ -19,6 +19,7 @@ from lightning_accie.errors import TrajectoryError
 MANIFEST = "manifest.json"
 CHECKPOINTS = "checkpoints"
 CHUNK_NAME = re.compile(r"steps-([0-9]{6,})\.safetensors")
+BATCHES_NAME = re.compile(r"batches-([0-9]{6,})\.safetensors")
 CHECKPOINT_NAME = re.compile(rf"{CHECKPOINTS}/step-[0-9]{{9,}}\.safetensors")
 RANK_NAME = re.compile(r"rank-[0-9]{3,}")
 _TEMPORARY = ".tmp"
@@ -52,6 +53,18 @@ def chunk_name(number: int) -> str:
         The name relative to the trajectory's directory.
     """
     return f"steps-{number:06d}.safetensors"
+
+
+def batches_name(number: int) -> str:
+    """The name of a file of batches.
+
+    Args:
+        number: files are counted from 0 as they are written.
+
+    Returns:
+        The name relative to the trajectory's directory.
+    """
+    return f"batches-{number:06d}.safetensors"
 
 
 def checkpoint_name(step: int) -> str:
@@ -217,18 +230,21 @@ def adopt(source: Path, target: Path, names: Iterable[str]) -> None:
     _sync_directory(target / CHECKPOINTS)
 
 
-def used_chunks(directory: Path, named: Iterable[str]) -> list[int]:
-    """The numbers that chunks of the step log have.
+def used_numbers(
+    directory: Path, named: Iterable[str], pattern: re.Pattern[str] = CHUNK_NAME
+) -> list[int]:
+    """The numbers that numbered files of one kind have.
 
     Args:
         directory: the trajectory's directory, whose files count even if nothing names them.
-        named: names of further chunks.
+        named: names of further files.
+        pattern: of the names, with the number as its group.
 
     Returns:
         The numbers.
     """
     present = [path.name.removesuffix(_TEMPORARY) for path in directory.iterdir()]
-    matches = [CHUNK_NAME.fullmatch(name) for name in (*present, *named)]
+    matches = [pattern.fullmatch(name) for name in (*present, *named)]
     return [int(match[1]) for match in matches if match is not None]
 
 
@@ -286,8 +302,8 @@ def _is_rank(path: Path) -> bool:
 
 
 def _is_ours(name: str) -> bool:
-    known = CHUNK_NAME.fullmatch(name) or CHECKPOINT_NAME.fullmatch(name)
-    return name == MANIFEST or known is not None
+    patterns = (CHUNK_NAME, BATCHES_NAME, CHECKPOINT_NAME)
+    return name == MANIFEST or any(pattern.fullmatch(name) for pattern in patterns)
 
 
 def _write_through(path: Path, content: bytes) -> None:

@@ -7,6 +7,7 @@ A trajectory is a directory:
     checkpoints/step-000000000.safetensors, …   full states
     rank-001/manifest.json, …               where several processes trained: the step log of each
                                             further one, a manifest and chunks of its own
+    batches-000000.safetensors, …           the training batches, in a run that keeps them
 
 Every file is written under a temporary name, synced and renamed, and the manifest is written after
 the files that it names. So at any moment the manifest on disk names complete files only; whatever
@@ -16,6 +17,7 @@ The manifest is JSON: ``format``, ``version`` (of the format), ``writer`` (the p
 ``status`` and ``reason``, the caller's ``header``, the lists ``chunks`` and ``checkpoints``, and
 ``checksum``, the SHA-256 of the same text without it. Where several processes trained there is
 ``rank`` too, and the version is 2: a reader that knows 1 alone would take rank 0's log for the whole.
+Where a run keeps its batches there is a list ``batches``, and the version is 3.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lightning_accie.errors import TrajectoryError
+from lightning_accie.trajectory.batches import StoredBatches
 from lightning_accie.trajectory.files import (
+    BATCHES_NAME,
     CHUNK_NAME,
     DAMAGED,
     MANIFEST,
@@ -38,8 +42,8 @@ from lightning_accie.trajectory.files import (
 )
 
 FORMAT = "lightning_accie trajectory"
-VERSION = 2
-"""The latest; a trajectory of a single process has 1."""
+VERSION = 3
+"""The latest; a trajectory of a single process has 1, or 3 where it keeps its batches."""
 STATUSES = ("running", "finished", "interrupted", "failed", "stopped")
 
 _TYPES = {
@@ -111,6 +115,7 @@ class Manifest:
         reason: why, in words; may be empty.
         writer: version of the package that wrote it.
         rank: which process wrote it; None where there was one alone.
+        batches: the files of batches, in order; None where the run keeps no batches.
     """
 
     header: dict[str, Any]
@@ -120,10 +125,13 @@ class Manifest:
     reason: str = ""
     writer: str = ""
     rank: Rank | None = None
+    batches: tuple[StoredBatches, ...] | None = None
 
     @property
     def version(self) -> int:
         """Of the format: the oldest that can hold it."""
+        if self.batches is not None:
+            return 3
         return 1 if self.rank is None else 2
 
     @property
@@ -148,6 +156,8 @@ class Manifest:
             "chunks": [asdict(chunk) for chunk in self.chunks],
             "checkpoints": [asdict(checkpoint) for checkpoint in self.checkpoints],
         }
+        if self.batches is not None:
+            document["batches"] = [asdict(batches) for batches in self.batches]
         document["checksum"] = sha256(_text(document)).hexdigest()
         return _text(document)
 
@@ -198,19 +208,25 @@ def _parse(path: Path, content: bytes) -> Manifest:
 
 
 def _manifest(document: dict[str, Any]) -> Manifest:
-    several = {"rank": dict} if "rank" in document else {}
-    if {key: type(value) for key, value in document.items()} != {**_TYPES, **several}:
+    further = {"rank": dict, "batches": list}
+    further = {key: kind for key, kind in further.items() if key in document}
+    if {key: type(value) for key, value in document.items()} != {**_TYPES, **further}:
         raise ValueError("its entries are not those of a manifest")
     if document["status"] not in STATUSES:
         raise ValueError(f"its status is {document['status']!r}")
     chunks = tuple(_entry(record, StoredChunk) for record in document["chunks"])
     checkpoints = tuple(_entry(record, StoredCheckpoint) for record in document["checkpoints"])
+    batches = None
+    if "batches" in document:
+        batches = tuple(_entry(record, StoredBatches) for record in document["batches"])
+        _check_batches(batches)
     manifest = Manifest(
         header=document["header"],
         chunks=chunks,
         checkpoints=checkpoints,
+        batches=batches,
         **{key: document[key] for key in ("status", "reason", "writer")},
-        rank=_rank(document["rank"]) if several else None,
+        rank=_rank(document["rank"]) if "rank" in document else None,
     )
     _check_chunks(chunks)
     _check_checkpoints(checkpoints, manifest.steps)
@@ -242,6 +258,16 @@ def _check_chunks(chunks: tuple[StoredChunk, ...]) -> None:
         if not sensible or not CHUNK_NAME.fullmatch(chunk.file):
             raise ValueError(f"its entry for {chunk.file!r} does not continue the step log")
         first += chunk.count
+
+
+def _check_batches(batches: tuple[StoredBatches, ...]) -> None:
+    first = 0
+    for stored in batches:
+        sensible = stored.first == first and 0 < stored.count <= stored.bytes
+        sensible = sensible and 0 <= stored.records <= stored.bytes
+        if not sensible or not BATCHES_NAME.fullmatch(stored.file):
+            raise ValueError(f"its entry for {stored.file!r} does not continue the batches")
+        first += stored.count
 
 
 def _check_checkpoints(checkpoints: tuple[StoredCheckpoint, ...], steps: int) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from lightning_accie.errors import TrajectoryError
+from lightning_accie.trajectory.batches import Batches
 from lightning_accie.trajectory.files import DAMAGED, read
 from lightning_accie.trajectory.manifest import StoredCheckpoint, read_manifest
 from lightning_accie.trajectory.ranks import ending, merged_step, open_logs
@@ -40,6 +41,7 @@ class Trajectory:
         reason: why, in words; may be empty.
         version: of the format.
         world_size: how many processes trained.
+        batches: the stored batches, or None where the run kept their indices alone.
         writer: the version of the package that wrote it.
 
     Raises:
@@ -59,6 +61,8 @@ class Trajectory:
         self._checkpoints = {
             stored.step: stored for stored in manifest.checkpoints if stored.step <= self._length
         }
+        kept = manifest.batches
+        self.batches = None if kept is None else Batches(self.directory, kept)
 
     @classmethod
     def open(cls, directory: Path | str) -> Trajectory:
@@ -193,6 +197,8 @@ class Trajectory:
         for stored in self._checkpoints.values():
             if stored.step <= steps:
                 self._decoded_checkpoint(stored)
+        if self.batches is not None:
+            self.batches.verify()
 
     def _decoded_checkpoint(self, stored: StoredCheckpoint) -> Checkpoint:
         try:

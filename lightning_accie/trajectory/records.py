@@ -50,6 +50,8 @@ class MicroBatch:
             is not simply what the previous drawing call of the same rank left behind.
         rank: the process that ran the call; 0 where there is one.
         world_size: over how many processes the step's gradient is averaged.
+        batch: the number of the stored batch, in a trajectory that keeps batches.
+        prints: checksums of the samples (`fingerprints`), where they were taken.
     """
 
     pieces: tuple[Piece, ...]
@@ -62,6 +64,8 @@ class MicroBatch:
     random: RandomState | None = None
     rank: int = 0
     world_size: int = 1
+    batch: int | None = None
+    prints: np.ndarray | None = None
 
     @property
     def divisor(self) -> int:

@@ -13,7 +13,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from lightning_accie.trajectory.chunks import Chunk, encode_chunk
-from lightning_accie.trajectory.files import adopt, chunk_name, prepare, read, used_chunks, write
+from lightning_accie.trajectory.files import (
+    BATCHES_NAME,
+    adopt,
+    chunk_name,
+    prepare,
+    read,
+    used_numbers,
+    write,
+)
 from lightning_accie.trajectory.manifest import (
     Manifest,
     StoredChunk,
@@ -60,7 +68,9 @@ def splice(after: After, target: Path, *, overwrite: bool) -> tuple[Manifest, in
     checkpoints = tuple(c for c in manifest.checkpoints if c.step <= after.last_checkpoint)
     if not same_place(after.directory, target):
         prepare(target, overwrite=overwrite)
-        adopt(after.directory, target, [stored.file for stored in (*whole, *checkpoints)])
+        # All batches: those behind the last kept step are not referred to, and do no harm.
+        files = (*whole, *checkpoints, *(manifest.batches or ()))
+        adopt(after.directory, target, [stored.file for stored in files])
     number = _next_number(target, manifest)
     rest = _part(after, manifest.chunks[len(whole) :], target, number)
     kept = replace(
@@ -96,6 +106,20 @@ def _part(
     return (StoredChunk(**asdict(stored), first=old.first, count=len(steps)),)
 
 
+def next_batches(target: Path, manifest: Manifest) -> int:
+    """Find a number for the next file of batches.
+
+    Args:
+        target: the trajectory's directory.
+        manifest: what it consists of.
+
+    Returns:
+        One that no file there has.
+    """
+    named = (stored.file for stored in manifest.batches or ())
+    return 1 + max([-1, *used_numbers(target, named, BATCHES_NAME)])
+
+
 def _next_number(target: Path, manifest: Manifest) -> int:
     named: Iterable[str] = (stored.file for stored in manifest.chunks)
-    return 1 + max([-1, *used_chunks(target, named)])
+    return 1 + max([-1, *used_numbers(target, named)])

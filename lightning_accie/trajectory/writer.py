@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from lightning_accie.errors import TrajectoryError
+from lightning_accie.trajectory.batch_forms import Parts
+from lightning_accie.trajectory.batches import Batches, BatchLog, SampleId, StoredBatches, keys_of
 from lightning_accie.trajectory.checkpoints import is_candidate, is_kept, kept
 from lightning_accie.trajectory.chunks import encode_chunk
 from lightning_accie.trajectory.files import (
     MANIFEST,
+    batches_name,
     checkpoint_name,
     chunk_name,
     prepare,
@@ -33,7 +36,7 @@ from lightning_accie.trajectory.manifest import (
 )
 from lightning_accie.trajectory.records import Checkpoint, Step
 from lightning_accie.trajectory.sizes import format_bytes
-from lightning_accie.trajectory.splice import After, splice
+from lightning_accie.trajectory.splice import After, next_batches, splice
 from lightning_accie.trajectory.tensors import dump
 
 _LONGEST_INTERVAL = 60.0
@@ -41,6 +44,12 @@ _LONGEST_INTERVAL = 60.0
 
 _LONGEST_CHUNK = 4096
 """Steps; bounds what waits in memory."""
+
+_LARGEST_FILE = 2**25
+"""Bytes of batches that may wait in memory."""
+
+_SLOTS = 2
+"""Copies of the parameters that an optimiser may yet add to the state; room is left for them."""
 
 
 class TrajectoryWriter:
@@ -55,7 +64,8 @@ class TrajectoryWriter:
     Args:
         directory: where to; made if it is not there.
         header: JSON values to keep along. Tuples become lists and keys texts, as JSON has it.
-        disk_budget: bytes that the checkpoints may take; the step log comes besides.
+        disk_budget: bytes that checkpoints and batches may take; the step log comes besides.
+        keeps_batches: whether the run's batches are kept too (`keep_batch`).
         flush_steps: see above.
         flush_seconds: see above.
         overwrite: whether to delete a trajectory that is there.
@@ -89,6 +99,7 @@ class TrajectoryWriter:
         header: Mapping[str, Any],
         *,
         disk_budget: int,
+        keeps_batches: bool = False,
         flush_steps: int = 2048,
         flush_seconds: float = 5.0,
         overwrite: bool = False,
@@ -102,11 +113,17 @@ class TrajectoryWriter:
         self._flush_steps = flush_steps
         self._flush_seconds = flush_seconds
         self._manifest = Manifest(
-            json.loads(json.dumps(dict(header))), writer=package_version(), rank=rank
+            json.loads(json.dumps(dict(header))),
+            writer=package_version(),
+            rank=rank,
+            batches=() if keeps_batches else None,
         )
+        self._batches = BatchLog() if keeps_batches else None
+        self._waiting_bytes = 0
         self._buffer: list[Step] = []
         self._appended = 0
         self._chunks_begun = 0
+        self._files_begun = 0
         self._largest_checkpoint = 0
         self._pinned: frozenset[int] = frozenset()
         self._failure = ""
@@ -126,7 +143,13 @@ class TrajectoryWriter:
         self._largest_checkpoint = max((stored.bytes for stored in kept.checkpoints), default=0)
         own = self._manifest
         self._commit(replace(kept, header=own.header, rank=own.rank))
-        tidy(self.directory, [stored.file for stored in (*kept.chunks, *kept.checkpoints)])
+        files = (*kept.chunks, *kept.checkpoints, *(kept.batches or ()))
+        tidy(self.directory, [stored.file for stored in files])
+        if self._batches is not None:
+            stored = kept.batches or ()
+            batches = stored[-1].first + stored[-1].count if stored else 0
+            self._batches = BatchLog(batches, sum(entry.records for entry in stored))
+            self._files_begun = next_batches(self.directory, kept)
 
     def update_header(self, values: Mapping[str, Any], *, at_once: bool = False) -> None:
         """Add to the header what was found out since.
@@ -162,6 +185,64 @@ class TrajectoryWriter:
         self._appended += 1
         if len(self._buffer) >= self._flush_at_steps or time.monotonic() >= self._flush_at_time:
             self.flush()
+
+    def known_ids(self) -> tuple[list[SampleId], bool]:
+        """Tell how samples are named in the part of the run that is taken up.
+
+        Returns:
+            Their names by their numbers, and whether there are batches at all.
+        """
+        stored = self._manifest.batches or ()
+        return Batches(self.directory, stored).ids(), bool(stored)
+
+    def keep_batch(self, parts: Parts, ids: Sequence[SampleId] = ()) -> int:
+        """Keep a batch that a step to come will refer to.
+
+        Args:
+            parts: the batch, taken apart.
+            ids: names of samples that appear in it for the first time, in the order of their numbers.
+
+        Returns:
+            The batch's number, for `MicroBatch.batch`.
+
+        Raises:
+            TrajectoryError: where it cannot be written, or exceeds the disk budget; the batch is not
+                kept then.
+        """
+        self._check_open()
+        log = self._batches
+        assert log is not None
+        keys = keys_of(parts)
+        more = log.new_bytes(parts, keys) + sum(len(str(name)) + 4 for name in ids)
+        self._check_budget(more)
+        number = log.add(parts, keys)
+        log.name(ids)
+        self._waiting_bytes += more
+        if log.waiting >= _LARGEST_FILE:
+            with self._writing():
+                self._commit(self._with_batches(self._manifest), keep_buffer=True)
+        return number
+
+    @property
+    def batch_bytes(self) -> int:
+        """What the batches kept so far take on disk, or will."""
+        written = sum(stored.bytes for stored in self._manifest.batches or ())
+        return written + self._waiting_bytes
+
+    @property
+    def batch_room(self) -> int:
+        """What batches may take on disk: the budget without the first and the last state."""
+        stored = self._manifest.checkpoints
+        first = stored[0].bytes if stored else 0
+        return self._disk_budget - first - max(self._largest_checkpoint, (1 + _SLOTS) * first)
+
+    def _check_budget(self, more: int) -> None:
+        if self.batch_bytes + more > self.batch_room:
+            raise TrajectoryError(
+                f"The run's batches take more than {format_bytes(self.batch_bytes)}, which with the "
+                f"first and the last state is all that disk_budget allows "
+                f"({format_bytes(self._disk_budget)}). Raise disk_budget."
+            )
 
     def wants_checkpoint(self, step: int) -> bool:
         """Whether the state before ``step`` is to be kept: the schedule of `checkpoints`.
@@ -264,17 +345,21 @@ class TrajectoryWriter:
             self._failure = f"The run cannot be recorded in {self.directory}: {error}."
             raise TrajectoryError(self._failure) from error
 
-    def _commit(self, manifest: Manifest) -> None:
+    def _commit(self, manifest: Manifest, *, keep_buffer: bool = False) -> None:
         # All that the manifest names is on disk by now.
         write(self.directory, MANIFEST, manifest.encode())
-        self._manifest, self._buffer = manifest, []
+        self._manifest = manifest
+        if keep_buffer:
+            return
+        self._buffer = []
         now = time.monotonic()
         grown = min(0.02 * (now - self._started), _LONGEST_INTERVAL)
         self._flush_at_time = now + max(self._flush_seconds, grown)
         self._flush_at_steps = max(self._flush_steps, min(self._appended // 64, _LONGEST_CHUNK))
 
     def _with_buffered_steps(self) -> Manifest:
-        manifest = self._manifest
+        # Batches first: the log refers to no batch that is not there.
+        manifest = self._with_batches(self._manifest)
         if not self._buffer:
             return manifest
         # A name is used once: a flush that was broken off leaves no other content under it.
@@ -284,12 +369,24 @@ class TrajectoryWriter:
         chunk = StoredChunk(**asdict(stored), first=manifest.steps, count=len(self._buffer))
         return replace(manifest, chunks=(*manifest.chunks, chunk))
 
+    def _with_batches(self, manifest: Manifest) -> Manifest:
+        log = self._batches
+        if log is None or not log.pending:
+            return manifest
+        name = batches_name(self._files_begun)
+        self._files_begun += 1
+        content, entries = log.take()
+        stored = StoredBatches(**asdict(write(self.directory, name, content)), **entries)
+        self._waiting_bytes = 0
+        return replace(manifest, batches=(*(manifest.batches or ()), stored))
+
     def _room(self, size: int) -> int:
         # How many checkpoints of this size fit. The first counts with its own: an optimiser may
         # have no slots yet then, and all later states are larger.
         stored = self._manifest.checkpoints
         first = stored[0].bytes if stored else size
-        return 1 + (self._disk_budget - first) // size - len(self._pinned)
+        room = self._disk_budget - self.batch_bytes - first
+        return 1 + room // size - len(self._pinned)
 
     def _kept_besides(self, step: int, size: int) -> frozenset[int]:
         largest = max(self._largest_checkpoint, size)

@@ -151,9 +151,9 @@ class Augmenting(TensorDataset):
 
 def test_random_augmentation(tmp_path: Path) -> None:
     data = Augmenting(*classification(12).tensors)
-    refused(
-        tmp_path, Classifier(smooth_net(), sgd()), "augments at random", "training_step", data=data
-    )
+    words = ("at random", 'capture="batches"', "training_step")
+    indices = {"capture": "indices"}
+    refused(tmp_path, Classifier(smooth_net(), sgd()), *words, data=data, influence=indices)
 
 
 class Bag(nn.Module):
