@@ -25,7 +25,7 @@ from lightning_accie import (
 )
 from lightning_accie.estimators.base import Estimate
 from lightning_accie.ranking import Ranking
-from lightning_accie.replay.walker import _difference
+from lightning_accie.replay.fidelity import _difference
 from tests.problems import Classifier, classification, quiet_trainer, record, sgd
 
 INF, NAN = float("inf"), float("nan")
