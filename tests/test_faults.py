@@ -114,7 +114,7 @@ def test_a_callback_that_stops_leaves_another_one_recording(tmp_path: Path) -> N
         class Stops(Callback):
             def on_train_batch_end(self, trainer: Any, *rest: Any) -> None:
                 if trainer.global_step == 4:
-                    pair[stopped]._stop_recording(TrajectoryError("The disk is full."))  # noqa: B023
+                    pair[stopped]._recording._stop(TrajectoryError("The disk is full."))  # noqa: B023
 
         with pytest.warns(UserWarning, match="stopped recording, training goes on"):
             fit(tmp_path / str(stopped), pair[0], pair[1], Stops())

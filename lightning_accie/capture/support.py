@@ -33,12 +33,11 @@ _MODULE_HOOKS = (
 )
 
 
-def check_trainer(trainer: Any, callback: Any) -> None:
+def check_trainer(trainer: Any) -> None:
     """Refuse what the trainer's own settings rule out; called in ``setup``.
 
     Args:
         trainer: the Trainer.
-        callback: the callback itself, to tell others of its kind.
 
     Raises:
         UnsupportedError: naming the setting, and what to do instead.

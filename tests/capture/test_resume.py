@@ -563,7 +563,7 @@ def test_a_checkpoint_from_within_an_optimiser_step(tmp_path: Path) -> None:
 
 def test_a_recording_that_had_stopped(tmp_path: Path) -> None:
     def stop(trainer: Any) -> None:
-        trainer.callbacks[0]._stop_recording(OSError("the disk is full"))
+        trainer.callbacks[0]._recording._stop(OSError("the disk is full"))
 
     with pytest.warns(UserWarning, match="stopped recording"):
         run(tmp_path, Does(3, stop), saver(tmp_path, **EPOCH), max_epochs=1)

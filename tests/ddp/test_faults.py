@@ -139,7 +139,7 @@ def test_other_strategies(tmp_path: Path) -> None:
         check_strategy(FSDPStrategy())
     trainer = quiet_trainer(tmp_path, devices=2, strategy="ddp", sync_batchnorm=True)
     with pytest.raises(UnsupportedError, match=r"sync_batchnorm=True.*Use plain BatchNorm"):
-        check_trainer(trainer, None)
+        check_trainer(trainer)
 
 
 def test_synchronised_layers() -> None:

@@ -1,0 +1,385 @@
+"""The recording of one `fit`: from the dataloaders' set-up to the closed trajectory."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+
+from lightning_accie.capture import resume
+from lightning_accie.capture.batches import SampleIdOf
+from lightning_accie.capture.directory import choose
+from lightning_accie.capture.generators import kept as kept_generators
+from lightning_accie.capture.opening import open_recording
+from lightning_accie.capture.processes import Processes
+from lightning_accie.capture.recorder import Recorder, describe
+from lightning_accie.capture.saved import SavedSteps, check_saver
+from lightning_accie.capture.self_check import CACHE, FirstStep, QueryCheck, check_first_step
+from lightning_accie.capture.sink import FirstStepWatch, FurtherRankSink, GuardedSink
+from lightning_accie.capture.support import check_trainer
+from lightning_accie.capture.training_data import DataCapture
+from lightning_accie.data import validation_loaders
+from lightning_accie.errors import InfluenceError, TrajectoryError, UnsupportedError
+from lightning_accie.query import QueryFunction, check_query
+from lightning_accie.replay.module import SampleLosses, TrainingProgram
+from lightning_accie.replay.walker import Snapshot, Visit
+from lightning_accie.scores_files import remove_scores
+from lightning_accie.trajectory.ranks import merged_step
+from lightning_accie.trajectory.records import Piece
+from lightning_accie.trajectory.writer import TrajectoryWriter
+
+
+@dataclass(frozen=True)
+class RecordingSettings:
+    """What the callback's arguments say of recording; see there.
+
+    Attributes:
+        monitor_name: the query's name.
+        state_key: tells several callbacks of one Trainer apart.
+        analyses: whether the run is ranked when `fit` ends.
+        probe: what the estimator computes at a step (`Estimator.probe`).
+    """
+
+    monitor: QueryFunction | str
+    monitor_name: str
+    state_key: str
+    at: str
+    analyses: bool
+    capture: str
+    sample_id: SampleIdOf | None
+    probe: Callable[[Visit], None]
+    dirpath: Path | None
+    overwrite: bool
+    disk_budget: int
+    sample_losses: SampleLosses | None
+    query_dataloader: Any
+    full_precision: bool
+
+
+class Recording:
+    """Records one `fit`; made in the callback's ``setup``, and told of every hook.
+
+    Args:
+        settings: the callback's.
+        trainer: the Trainer that is about to fit.
+        module: the LightningModule.
+
+    Attributes:
+        directory: where to; None before the first step.
+        complete: whether the whole run is on disk.
+        combined: the training data, as the Trainer combined them.
+        processes: those that train together.
+
+    Raises:
+        UnsupportedError: if the Trainer's settings rule a recording out.
+    """
+
+    def __init__(self, settings: RecordingSettings, trainer: Any, module: Any) -> None:
+        self._settings = settings
+        self._trainer = trainer
+        self._module = module
+        self.directory: Path | None = None
+        self.complete = False
+        self.combined: Any = None
+        self.processes = Processes()
+        self._data = DataCapture(settings.capture, settings.sample_id)
+        self._enabled: Callable[[], bool] = lambda: True
+        self._recorder: Recorder | None = None
+        self._writer: TrajectoryWriter | None = None
+        self._first: FirstStepWatch | None = None
+        self._saved: SavedSteps | None = None
+        self._temporary: Path | None = None
+        self._resumed_from: resume.Bookmark | None = None
+        self._identity = ""
+        self._lacking = ""
+
+    # ------------------------------------------------------------------ before the first step
+
+    def attach(self, enabled: Callable[[], bool]) -> None:
+        """Watch the dataloaders from the start.
+
+        Args:
+            enabled: whether events count; false while a tuner borrows the Trainer.
+        """
+        check_trainer(self._trainer)
+        if self._settings.at == "best":
+            check_saver(self._trainer, self._settings.monitor_name)
+        self._enabled = enabled
+        self._data.attach(self._trainer)
+
+    def resume_from(self, checkpoint: dict[str, Any]) -> None:
+        """Find the bookmark of the run that is resumed, in a checkpoint of Lightning's."""
+        states = checkpoint.get("callbacks", {})
+        key, monitor = self._settings.state_key, self._settings.monitor_name
+        self._resumed_from = resume.find_bookmark(states, key, monitor) or self._resumed_from
+
+    def bookmark(self) -> dict[str, Any]:
+        """What a later `fit` needs to go on from here.
+
+        Returns:
+            Texts and integers; nothing before the first step.
+        """
+        if self._recorder is None or not self._identity:
+            return self._resumed_from.to_state() if self._resumed_from else {}
+        self._settled_steps()
+        if self._writer is not None and not self.complete:
+            try:
+                self._writer.flush()  # the log reaches every checkpoint that names it
+            except TrajectoryError as error:
+                self._stop(error)
+        place = self._identity, str(self.directory and (self.directory / "trajectory").absolute())
+        name = self._settings.monitor_name
+        return resume.bookmark(place, name, self._recorder, self._lacking).to_state()
+
+    def start(self) -> None:
+        """Watch the training steps; called in ``on_train_start``."""
+        trainer = self._trainer
+        self._data.on_train_start(trainer)
+        self.combined = trainer.fit_loop._combined_loader
+        self._recorder = Recorder(
+            trainer,
+            self._module,
+            claim=lambda: self._data.claim(trainer),
+            enabled=self._enabled,
+        )
+        self._recorder.on_first_call = self._begin
+        self._recorder.attach()
+        self._saved = SavedSteps(
+            trainer, self._settings.monitor_name, self._settled_steps, self._update_header
+        )
+
+    def _begin(self) -> None:
+        """Open the trajectory with the state as the first ``training_step`` finds it."""
+        trainer, module, recorder, data = self._trainer, self._module, self._recorder, self._data
+        assert recorder is not None
+        assert self._saved is not None
+        self.processes = Processes(trainer.global_rank, trainer.world_size)
+        self.processes.on_first(
+            lambda: data.choose(recorder.pieces, self.combined, module, trainer)
+        )
+        header = describe(trainer, module, data.sources, self._settings.monitor_name, data.kind)
+        header |= {"id": resume.new_identity(), "resumed": []}
+        initial, start = recorder.initial(), trainer.global_step
+        late = start > 0 or self._resumed_from is not None
+        going_on: resume.Continuation | None = None
+        if late:
+            going_on = self.processes.on_first(
+                lambda: resume.go_on(self._resumed_from, header, initial, trainer.world_size, start)
+            )
+        after = going_on.after if going_on else None
+        if going_on:
+            header |= {"resumed": going_on.resumed}
+            self._saved.begin(going_on.after.steps, going_on.saved)
+            recorder.steps = going_on.after.steps
+        self.directory = self._choose_directory(begins_late=late and going_on is None)
+        self._writer = open_recording(
+            self.directory / "trajectory",
+            header | self._saved.header(),
+            recorder.take(after.steps) if after else initial,
+            self.processes,
+            disk_budget=self._settings.disk_budget,
+            keeps_batches=data.kind == "batches",
+            overwrite=self._settings.overwrite,
+            after=after,
+        )
+        if self._settings.overwrite and self.processes.first:
+            # The scores of the run that was there are not this one's.
+            remove_scores(self.directory)
+        self._identity = header["id"]
+        self._first = FirstStepWatch({**header, "resumed": []}, initial)
+        guarded = (self._writer, self._first, self._stop)
+        recorder.sink = (
+            GuardedSink(*guarded)
+            if self.processes.first
+            else FurtherRankSink(*guarded, recorder.forget_random)
+        )
+        if data.kind == "batches":
+            data.keep_in(self._writer)
+            recorder.keep = self._keep
+
+    def _choose_directory(self, *, begins_late: bool) -> Path:
+        if self._settings.dirpath is None and self._trainer.fast_dev_run:
+            temporary = Path(self.processes.on_first(lambda: mkdtemp(prefix="influence-")))
+            self._temporary = temporary if self.processes.first else None
+            return temporary / "influence"
+        # A run that goes on unattended must not fail for what it cannot go on with.
+        beside = begins_late and not self._settings.overwrite
+        return choose(self._trainer, self._settings.dirpath, self.processes, beside=beside)
+
+    # ------------------------------------------------------------------ steps
+
+    def batch_started(self, batch_idx: int) -> None:
+        """Note which samples the batch holds."""
+        if self._recorder is not None:
+            self._recorder.batch_started(batch_idx)
+
+    def _keep(self, batch: Any, pieces: tuple[Piece, ...]) -> tuple[tuple[Piece, ...], int] | None:
+        """Keep a batch; one that cannot be kept is refused at first, and stops recording later."""
+        assert self._recorder is not None
+        try:
+            return self._data.keep(batch, pieces, self._trainer)
+        except (TrajectoryError, UnsupportedError) as error:
+            if not self._recorder.steps:
+                raise
+            self._stop(error)
+            return None
+
+    def before_step(self) -> None:
+        """From here until the optimiser has stepped, the weights may be those of no step."""
+        if self._recorder is not None:
+            self._recorder.stepping = True
+
+    def batch_ended(self) -> None:
+        """After the first optimiser step: replay it, and refuse what does not come out the same.
+
+        Raises:
+            UnsupportedError: if it cannot be replayed, or the monitor not measured.
+        """
+        if self._recorder is not None:
+            self._recorder.stepping = False  # also where a scaler skipped the step
+        first = self._first
+        if first is None or first.step is None or self._recorder is None:
+            return
+        self._first = None
+        trainer = self._trainer
+        after = self._recorder.take(1, copy=True)
+        device = trainer.strategy.root_device
+        try:
+            source = self._data.first_source(self.combined, device, CACHE)
+        except TrajectoryError as error:  # batches are kept: there is one process
+            self._stop(error)
+            return
+        steps = self.processes.share(first.step)
+        with kept_generators([source, trainer.datamodule]):
+            form = self.processes.on_first(
+                lambda: check_first_step(
+                    FirstStep(first.header, merged_step(steps), first.before, after),
+                    self._module,
+                    source,
+                    live=trainer,
+                    datamodule=trainer.datamodule,
+                    sample_losses=self._settings.sample_losses,
+                    probe=self._settings.probe,
+                    check_query=self._query_check(),
+                    device=device,
+                    full_precision=self._settings.full_precision,
+                )
+            )
+        self._update_header({"loss_form": form.to_json()}, at_once=False)
+
+    def _query_check(self) -> QueryCheck | None:
+        """What finds out in the first seconds whether the monitor can be measured at the end."""
+        if not self._settings.analyses:
+            return None
+        data, trainer = self._settings.query_dataloader, self._trainer
+        if data is None:
+            data = trainer.fit_loop.epoch_loop.val_loop._combined_loader
+            if data is None and trainer.enable_validation:  # Lightning makes them when they are due
+                return None
+        loaders = validation_loaders(data)
+
+        def check(program: TrainingProgram, snapshot: Snapshot) -> None:
+            check_query(program, self._module, self._settings.monitor, loaders, snapshot)
+
+        return check
+
+    def _settled_steps(self) -> int:
+        """How many steps were taken; the record of the last one is complete then."""
+        assert self._recorder is not None
+        self._recorder.settle()
+        return self._recorder.steps
+
+    def _update_header(self, values: dict[str, Any], *, at_once: bool = True) -> None:
+        if self._writer is None or self.complete or not self.processes.first:
+            return
+        try:
+            self._writer.update_header(values, at_once=at_once)
+        except TrajectoryError as error:
+            self._stop(error)
+
+    def epoch_ended(self) -> None:
+        """Every sample of an epoch was summed up once."""
+        self._data.stop_summing()
+
+    # ------------------------------------------------------------------ the end
+
+    def finish(self) -> None:
+        """Keep the final state and close the trajectory."""
+        if self._recorder is None or self._writer is None:
+            return
+        self._recorder.settle()
+        if self._writer is None:  # the disk failed just there
+            return
+        try:
+            if self.processes.first:
+                self._writer.checkpoint(self._recorder.take(self._recorder.steps))
+            self._writer.close("finished")
+            self.complete = True
+        except TrajectoryError as error:
+            self._stop(error)
+        self._recorder.detach()
+
+    def abort(self, exception: BaseException) -> None:
+        """Close the trajectory with what ran."""
+        self.detach()
+        if self._recorder is not None:
+            self._recorder.settle()
+            self._close(exception, self._recorder.steps)
+        self.clean_up()
+
+    def _close(self, exception: BaseException, steps: int) -> None:
+        if self._writer is None:
+            return
+        status = "interrupted" if isinstance(exception, KeyboardInterrupt) else "failed"
+        try:
+            self._writer.close(status, f"{type(exception).__name__}: {exception}".strip(": "))
+        except TrajectoryError as error:  # must not hide the exception that ended the run
+            self._stop(error)
+        refused = isinstance(exception, InfluenceError) and not self.complete
+        if self._writer is not None and steps and not refused:
+            rank_zero_info(
+                f"InfluenceCallback kept the {steps} steps that ran in "
+                f"{self.directory}; analyse them with InfluenceEngine."
+            )
+        self._writer = None
+
+    def _stop(self, error: InfluenceError) -> None:
+        """The disk failed: let training go on without the callback."""
+        if self._recorder is not None:
+            self._recorder.detach()
+        if self._writer is not None:
+            self._writer.close("stopped", str(error))
+            self._writer = None
+        self._lacking = "The recording had stopped before the checkpoint was saved."
+        message = (
+            f"InfluenceCallback stopped recording, training goes on: {error} The steps recorded "
+            f"until here stay in {self.directory}; no ranking will be made at the end of `fit`."
+        )
+        if self.processes.first:
+            rank_zero_warn(message)
+        else:
+            warnings.warn(f"Rank {self.processes.rank}: {message}", stacklevel=2)
+
+    def detach(self) -> None:
+        """Leave strategy, loaders and optimiser as they were found; may be called twice."""
+        if self._recorder is not None:
+            self._recorder.detach()
+        if self._saved is not None:
+            self._saved.detach()
+        self.detach_data()
+
+    def detach_data(self) -> None:
+        """Leave the loaders alone as they were found: an analysis reads them."""
+        self._data.detach()
+
+    def clean_up(self) -> None:
+        """Delete what `fast_dev_run` left."""
+        if self._temporary is not None:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+            self._temporary = None
