@@ -473,3 +473,14 @@ def test_the_analysis_leaves_module_and_generators_alone(tmp_path: Path) -> None
     assert not module.training
     assert [p.requires_grad for p in module.parameters()] == [False, *[True] * 5]
     assert not {"log", "log_dict", "print"} & vars(module).keys()
+
+
+def test_what_was_drawn_at_random_is_not_among_the_strongest(tmp_path: Path) -> None:
+    """The two kinds of replayed samples are told apart, and together they are all of them."""
+    data, val = classification(24), classification(11, seed=3)
+    engine = record(tmp_path, Classifier(smooth_net(), sgd()), data, val)
+    scores = engine.estimate(estimator="sgd-ie", verify=9)
+    counts = {found.sample: found.count for found in scores.agreement}
+    assert counts["verified"] == scores.replayed
+    assert counts["random"] == 5
+    assert counts["strongest"] == counts["verified"] - counts["random"] > 0

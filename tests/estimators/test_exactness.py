@@ -39,7 +39,9 @@ def decay(optimizer: torch.optim.Optimizer) -> Any:
 
 OPTIMISERS = {
     "sgd": sgd(),
-    "sgd-maximize-free": sgd(weight_decay=0.05),
+    "sgd-weight-decay": sgd(weight_decay=0.05),
+    "sgd-maximize": sgd(lr=0.02, maximize=True, momentum=0.5, weight_decay=0.05),
+    "adam-maximize": adam(lr=0.01, maximize=True),
     "momentum": sgd(momentum=0.9),
     "dampening": sgd(momentum=0.8, dampening=0.3),
     "nesterov": sgd(momentum=0.9, nesterov=True, weight_decay=0.01),
@@ -262,3 +264,22 @@ def test_both_hessian_products_agree(tmp_path: Path, optimiser: str, product: st
     replay.walker.product = product
     other = SgdIE().estimate(replay).influence
     torch.testing.assert_close(other, reference, rtol=1e-9, atol=1e-13)
+
+
+@pytest.mark.parametrize("configure", [adam(), adam(amsgrad=True), adamw(weight_decay=0.1)])
+@pytest.mark.parametrize("settings", [{}, {"gradient_clip_val": 0.05}], ids=["plain", "clip"])
+def test_acc_is_exact_for_what_only_the_last_step_drew(
+    tmp_path: Path, configure: Any, settings: dict[str, Any]
+) -> None:
+    """Δ is then the bracket alone, F_T(s, 1 - e_j) - F_T(s, 1), which no optimiser makes linear."""
+    data, val = classification(24), classification(11, seed=3)
+    engine = record(
+        tmp_path, Classifier(smooth_net(), configure), data, val, max_epochs=1, **settings
+    )
+    replay = engine.replay("val_loss")
+    last = replay.samples[replay.last == len(replay.walker) - 1]
+    assert len(last) == 6
+    found = AccSgdIE(last).estimate(replay).influence
+    exact = LeaveOneOut(last).estimate(replay).influence
+    assert float(exact.abs().max()) > 1e-5
+    assert float((found - exact).abs().max()) < 1e-9 * float(exact.abs().max())

@@ -58,10 +58,11 @@ def test_tracin_is_cheaper_and_worse(softmax_digits: Replay, exact: Tensor) -> N
     )
 
 
-def test_tracin_is_the_sum_over_steps(tmp_path: Path) -> None:
-    """Σ_t η ⟨∇q(θ_T), ∇ℓ_i(θ_t)⟩/|m| for plain SGD, by plain autograd."""
+@pytest.mark.parametrize("momentum", [0.0, 0.8])
+def test_tracin_is_the_sum_over_steps(tmp_path: Path, momentum: float) -> None:
+    """Σ_t η ⟨∇q(θ_T), ∇ℓ_i(θ_t)⟩/|m|, times 1 + μ + … + μ^(T-1-t) for momentum, by plain autograd."""
     data, val = classification(12), classification(11, seed=3)
-    engine = record(tmp_path, Classifier(smooth_net(), sgd()), data, val)
+    engine = record(tmp_path, Classifier(smooth_net(), sgd(momentum=momentum)), data, val)
     replay = engine.replay("val_loss")
     found = TracIn().estimate(replay)
     slope = replay.query.gradient(replay.final.state.params)
@@ -76,7 +77,8 @@ def test_tracin_is_the_sum_over_steps(tmp_path: Path) -> None:
             grads = torch.autograd.grad(loss, list(net.parameters()))
             names = [f"net.{name}" for name, _ in net.named_parameters()]
             product = sum((slope[n] * g).sum() for n, g in zip(names, grads, strict=True))
-            expected[i] += 0.1 / len(visit.map.samples) * float(product)
+            rate = 0.1 * sum(momentum**k for k in range(len(replay.walker) - visit.step))
+            expected[i] += rate / len(visit.map.samples) * float(product)
     torch.testing.assert_close(found.influence, expected, rtol=1e-9, atol=1e-15)
 
 

@@ -1,0 +1,582 @@
+"""Breaks the package in one place after the other, and demands that its tests notice.
+
+    python -m tests.stress.mutations [--jobs 2] [NAME ...]
+
+Each mutation is one small, plausible mistake. It is made in a copy of the working tree, the tests that
+should know are run there until the first fails, and the mistake is taken back. A mutation that survives
+is a test that is missing. Prints, for each, the test that found it; exits with 1 if one was not found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Queue
+
+ROOT = Path(__file__).resolve().parents[2]
+LONGEST = 600
+"""Seconds for the tests of one mutation; beyond that it counts as found, for it hangs."""
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One mistake: in ``file``, ``old`` (which stands there once) becomes ``new``."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+EXACT = "tests/estimators/test_exactness.py"
+FIDELITY = "tests/estimators/test_fidelity.py"
+BITS = "tests/replay/test_bit_exact.py"
+FORMS = "tests/replay/test_loss_forms.py"
+INDICES = "tests/capture/test_indices.py"
+MODULES = "tests/test_modules.py"
+ENGINE = "tests/test_engine.py"
+STORE = "tests/trajectory"
+SCORES = "tests/test_scores.py"
+QUERY = "tests/test_query.py"
+
+MUTATIONS = [
+    # ------------------------------------------------------------------ capture
+    Mutation(
+        "index pairing: one batch late",
+        "capture/indices.py",
+        "while len(sampler.drawn) > outstanding:",
+        "while len(sampler.drawn) > outstanding + 1:",
+        INDICES,
+    ),
+    Mutation(
+        "index pairing: the prefetched batch instead of the one at hand",
+        "capture/indices.py",
+        "return delivered[0]",
+        "return delivered[-1]",
+        INDICES,
+    ),
+    Mutation(
+        "a drawing step is recorded as one that draws nothing",
+        "capture/draws.py",
+        "return Verdict(draws=True, random=None if known else before)",
+        "return Verdict(draws=False)",
+        BITS,
+    ),
+    Mutation(
+        "a random state is left out where a sampler drew in between",
+        "capture/draws.py",
+        "random=None if known else before",
+        "random=None if left is not None else before",
+        BITS,
+    ),
+    Mutation(
+        "numpy's and python's generators are not watched",
+        "capture/draws.py",
+        "return self._host_draws or self._reads < 2 * _CLOSELY",
+        "return self._host_draws",
+        MODULES,
+    ),
+    Mutation(
+        "the settings are those before the run",
+        "capture/recorder.py",
+        "if settings != self._settings:",
+        "if not self._settings:",
+        EXACT,
+    ),
+    # ------------------------------------------------------------------ the store
+    Mutation(
+        "a checksum is not compared",
+        "trajectory/files.py",
+        "if sha256(content).hexdigest() != stored.sha256:",
+        "if False:",
+        STORE,
+    ),
+    Mutation(
+        "the manifest is not compared as a whole",
+        "trajectory/manifest.py",
+        "if content != manifest.encode():",
+        "if False:",
+        STORE,
+    ),
+    Mutation(
+        "the manifest is written before the files it names are in place",
+        "trajectory/files.py",
+        "        os.replace(temporary, path)\n",
+        "        os.replace(temporary, path) if path.name == MANIFEST else path.write_bytes(content)\n",
+        "tests/trajectory/test_killed.py tests/trajectory/test_writer.py",
+    ),
+    Mutation(
+        "checkpoints: every candidate is thinned one time too often",
+        "trajectory/checkpoints.py",
+        "while _index(step) // stride + 1 > room:",
+        "while _index(step) // stride + 1 >= room:",
+        "tests/trajectory lightning_accie/trajectory",
+    ),
+    Mutation(
+        "checkpoints: thinned ones stay in the manifest",
+        "trajectory/writer.py",
+        "            if stored.step not in keep:\n",
+        "            if stored.step in keep and stored.step:\n",
+        STORE,
+    ),
+    Mutation(
+        "visits: a sample twice in a chunk counts once",
+        "trajectory/chunks.py",
+        "counts.astype(np.int64)",
+        "np.ones_like(counts, dtype=np.int64)",
+        STORE,
+    ),
+    Mutation(
+        "scores: the numbers need not be those of the JSON",
+        "scores_files.py",
+        'if sha256(numbers).hexdigest() != document.get("tensors_sha256"):',
+        "if False:",
+        "tests/test_scores.py tests/test_damage.py",
+    ),
+    # ------------------------------------------------------------------ replay
+    Mutation(
+        "the random state is not restored",
+        "replay/module.py",
+        "            random.restore(self._cuda)\n        self.trainer.stand_at",
+        "            pass\n        self.trainer.stand_at",
+        BITS,
+    ),
+    Mutation(
+        "the replayed step sees no epoch",
+        "replay/module.py",
+        "self.trainer.stand_at(micro.epoch,",
+        "self.trainer.stand_at(0,",
+        BITS,
+    ),
+    Mutation(
+        "buffers are not put back",
+        "replay/walker.py",
+        "        self.program.load_buffers(buffers)\n",
+        "",
+        BITS,
+    ),
+    Mutation(
+        "the accumulation weight is forgotten in the replay",
+        "replay/walker.py",
+        "value = value / loss.micro.divisor * step.loss_scale",
+        "value = value * step.loss_scale",
+        BITS,
+    ),
+    Mutation(
+        "the accumulation weight is forgotten in forward derivatives",
+        "replay/module.py",
+        "around=False)\n        return loss / self.micro.divisor",
+        "around=False)\n        return loss",
+        EXACT,
+    ),
+    Mutation(
+        "the accumulation weight is forgotten in backward derivatives",
+        "replay/module.py",
+        "return loss / self.micro.divisor, self.program.parameters",
+        "return loss, self.program.parameters",
+        EXACT,
+    ),
+    Mutation(
+        "clipping by norm has no derivative",
+        "replay/update.py",
+        "return {name: g * coefficient for name, g in grads.items()}",
+        "return {name: g * coefficient.detach() for name, g in grads.items()}",
+        EXACT,
+    ),
+    Mutation(
+        "clipping by norm takes each tensor's own norm",
+        "replay/update.py",
+        "total = torch.linalg.vector_norm(norms)",
+        "total = norms.max()",
+        BITS,
+    ),
+    Mutation(
+        "clipping by value is one-sided",
+        "replay/update.py",
+        "g.clamp(-self.limit, self.limit)",
+        "g.clamp_max(self.limit)",
+        BITS,
+    ),
+    Mutation(
+        "the counts of updates stand still",
+        "replay/walker.py",
+        "counts = {name: n + (name in ran.gradient) for name, n in snapshot.counts.items()}",
+        "counts = dict(snapshot.counts)",
+        BITS,
+    ),
+    Mutation(
+        "SGD: no dampening",
+        "replay/update_rules.py",
+        'add(grad, alpha=1 - settings["dampening"])',
+        "add(grad)",
+        EXACT,
+    ),
+    Mutation(
+        "SGD: no dampening in the rule's own vjp",
+        "replay/update_rules.py",
+        'grad = buffer if first else buffer.mul(1 - settings["dampening"])',
+        "grad = buffer",
+        EXACT,
+    ),
+    Mutation(
+        "SGD: dampening at the first step too, in the rule's own vjp",
+        "replay/update_rules.py",
+        'grad = buffer if first else buffer.mul(1 - settings["dampening"])',
+        'grad = buffer.mul(1 - settings["dampening"])',
+        EXACT,
+    ),
+    Mutation(
+        "SGD: Nesterov without the look ahead",
+        "replay/update_rules.py",
+        'grad = torch.add(grad, buffer, alpha=momentum) if settings["nesterov"] else buffer',
+        "grad = buffer",
+        BITS,
+    ),
+    Mutation(
+        "SGD: Nesterov's term is missing in the rule's own vjp",
+        "replay/update_rules.py",
+        "            if nesterov:\n                grad = grad + direction\n",
+        "",
+        EXACT,
+    ),
+    Mutation(
+        "SGD: weight decay with the wrong sign, in the rule's own vjp",
+        "replay/update_rules.py",
+        'param = torch.add(param, grad, alpha=settings["weight_decay"])',
+        'param = torch.sub(param, grad, alpha=settings["weight_decay"])',
+        EXACT,
+    ),
+    Mutation(
+        "SGD: maximize is forgotten in the rule's own vjp",
+        "replay/update_rules.py",
+        'return param, before, -grad if settings["maximize"] else grad',
+        "return param, before, grad",
+        EXACT,
+    ),
+    Mutation(
+        "Adam: no bias correction of the first moment",
+        "replay/update_rules.py",
+        "step_size = lr / (1 - beta1**count)",
+        "step_size = lr",
+        BITS,
+    ),
+    Mutation(
+        "Adam: the second moment is corrected by the step before",
+        "replay/update_rules.py",
+        "(1 - beta2**count) ** 0.5",
+        "(1 - beta2 ** max(1, step)) ** 0.5",
+        BITS,
+    ),
+    Mutation(
+        "Adam: amsgrad takes the last instead of the largest",
+        "replay/update_rules.py",
+        "torch.maximum(largest, exp_avg_sq)",
+        "exp_avg_sq",
+        BITS,
+    ),
+    Mutation(
+        "AdamW: coupled weight decay",
+        "replay/update_rules.py",
+        'if settings.get("decoupled_weight_decay", self.decoupled):',
+        "if False:",
+        EXACT,
+    ),
+    Mutation(
+        "Adam: an infinite derivative where a weight never got a gradient",
+        "replay/update_rules.py",
+        "second.clamp_min(torch.finfo(second.dtype).tiny).sqrt()",
+        "second.sqrt()",
+        f"{MODULES} tests/estimators",
+    ),
+    Mutation(
+        "duplicate draws: only the first place of a sample is left out",
+        "replay/step.py",
+        "return self.ones() * (self.samples[None, :] != removed[:, None])",
+        "hit = self.samples[None, :] == removed[:, None]\n"
+        "        return self.ones() * ~(hit & (hit.cumsum(1) == 1))",
+        "tests/test_loaders.py",
+    ),
+    Mutation(
+        "counterfactuals one by one: each is the first",
+        "replay/step.py",
+        "lambda t: t[k], rows)",
+        "lambda t: t[0], rows)",
+        MODULES,
+    ),
+    Mutation(
+        "a penalty on the weights is left out with the sample",
+        "replay/step.py",
+        "                if not self.penalty:\n",
+        "                if True:\n",
+        "tests/estimators tests/replay tests/test_engine.py",
+    ),
+    Mutation(
+        "the `around` form forgets the weights",
+        "replay/per_sample.py",
+        "weights - 1",
+        "weights * 0",
+        "tests/replay tests/estimators",
+    ),
+    Mutation(
+        "the denominator counts ignored targets",
+        "replay/per_sample.py",
+        "        return kept.sum()\n",
+        "        return float(elements.numel())\n",
+        FORMS,
+    ),
+    Mutation(
+        "the denominator forgets class weights",
+        "replay/per_sample.py",
+        "return weight[torch.where(kept, target, 0)].mul(kept).sum()",
+        "return kept.sum()",
+        FORMS,
+    ),
+    # ------------------------------------------------------------------ estimators
+    Mutation(
+        "SGD-IE: the other sign",
+        "estimators/sgd_ie.py",
+        "-by_weight.double()",
+        "by_weight.double()",
+        EXACT,
+    ),
+    Mutation(
+        "SGD-IE: a sample twice in a batch counts once",
+        "estimators/sgd_ie.py",
+        "influence.index_add_(0, visit.map.samples, -by_weight.double().cpu())",
+        "influence[visit.map.samples] -= by_weight.double().cpu()",
+        "tests/test_loaders.py",
+    ),
+    Mutation(
+        "ACC-SGD-IE: the effect begins one step late",
+        "estimators/acc_sgd_ie.py",
+        "begun = int((first <= visit.step).sum())",
+        "begun = int((first < visit.step).sum())",
+        EXACT,
+    ),
+    Mutation(
+        "ACC-SGD-IE: no correction by the sample's own curvature",
+        "replay/step.py",
+        "                curved[name].index_add_(0, rows, second[name])\n",
+        "",
+        EXACT,
+    ),
+    Mutation(
+        "ACC-SGD-IE: Adam's bracket is linearised",
+        "replay/step.py",
+        "[(n - b) + m for n, b, m in leaves]",
+        "[m for n, b, m in leaves]",
+        EXACT,
+    ),
+    Mutation(
+        "ACC-SGD-IE: the query is not evaluated at the moved weights",
+        "estimators/acc_sgd_ie.py",
+        "moved = {name: params[name] + value",
+        "moved = {name: params[name] - value",
+        EXACT,
+    ),
+    Mutation(
+        "ACC-SGD-IE: a blow-up is trusted",
+        "estimators/acc_sgd_ie.py",
+        '& (chosen["relative_change"] <= BLOW_UP)',
+        "",
+        FIDELITY,
+    ),
+    Mutation(
+        "exact replay: the other sign",
+        "estimators/leave_one_out.py",
+        "influence[part] = values[:-1] - values[-1]",
+        "influence[part] = values[-1] - values[:-1]",
+        EXACT,
+    ),
+    Mutation(
+        "exact replay: begins after the first visit",
+        "estimators/leave_one_out.py",
+        "if visit.step >= begin:",
+        "if visit.step > begin:",
+        EXACT,
+    ),
+    Mutation(
+        "TracIn: the optimiser's own state is passed by",
+        "replay/step.py",
+        "return back, torch.cat([_slopes(loss, state.params, direction) for loss in self.losses])",
+        "return cotangent, torch.cat([_slopes(loss, state.params, direction) for loss in self.losses])",
+        FIDELITY,
+    ),
+    # ------------------------------------------------------------------ query, ranking, scores
+    Mutation(
+        "the query: every batch weighs the same",
+        "query.py",
+        "return 0.0 if entry is None else entry.weight(self.name, place.batch)",
+        "return 0.0 if entry is None else 1.0",
+        QUERY,
+    ),
+    Mutation(
+        "the query: a callable's batches weigh the same",
+        "query.py",
+        "return float(extract_batch_size(place.batch))",
+        "return 1.0",
+        QUERY,
+    ),
+    Mutation(
+        "ranking: an exact figure does not replace the estimate",
+        "ranking.py",
+        "return torch.where(self.exact.isnan(), self.estimate, self.exact)",
+        "return self.estimate",
+        f"{ENGINE} {MODULES}",
+    ),
+    Mutation(
+        "ranking: what was drawn at random passes as the strongest",
+        "ranking.py",
+        '"strongest": known & ~self.at_random',
+        '"strongest": known',
+        ENGINE,
+    ),
+    Mutation(
+        "ranking: only harm is refined",
+        "estimators/base.py",
+        "helpful = order[len(order) - count // 2 :]",
+        "helpful = order[(count + 1) // 2 : count]",
+        f"{ENGINE} tests/estimators",
+    ),
+    Mutation(
+        "agreement: Jaccard by the intersection's share of one side",
+        "agreement.py",
+        "len(one & other) / len(one | other)",
+        "len(one & other) / len(one)",
+        "tests/test_agreement.py",
+    ),
+    Mutation(
+        "agreement: Jaccard of harm only",
+        "agreement.py",
+        "helpful = _jaccard(_lowest(-estimate, k), _lowest(-exact, k))",
+        "helpful = harmful",
+        "tests/test_agreement.py",
+    ),
+    Mutation(
+        "cleaned(): the most helpful are dropped",
+        "scores.py",
+        "dropped = set(self.index[harmful[:k]].tolist())",
+        "dropped = set(self.index[self._helpful()[:k]].tolist())",
+        SCORES,
+    ),
+    Mutation(
+        "cleaned(): drops by place instead of by index",
+        "scores.py",
+        "dropped = set(self.index[harmful[:k]].tolist())",
+        "dropped = set(harmful[:k].tolist())",
+        SCORES,
+    ),
+    Mutation(
+        "ranked(): the strongest help first",
+        "scores.py",
+        "return self._rows(self._ranking())",
+        "return self._rows(self._ranking(sign=-1))",
+        SCORES,
+    ),
+]
+
+
+def source(tree: Path, mutation: Mutation) -> Path:
+    return tree / "lightning_accie" / mutation.file
+
+
+@contextmanager
+def mutated(tree: Path, mutation: Mutation) -> Iterator[None]:
+    """Make the mistake in a copy of the package."""
+    path = source(tree, mutation)
+    text = path.read_text()
+    path.write_text(text.replace(mutation.old, mutation.new))
+    try:
+        yield
+    finally:
+        path.write_text(text)
+
+
+def stale(mutations: list[Mutation]) -> list[str]:
+    """The mutations whose text does not stand in the package once: they need to be written anew."""
+    texts = {m.file: source(ROOT, m).read_text() for m in mutations}
+    return [m.name for m in mutations if texts[m.file].count(m.old) != 1 or m.old == m.new]
+
+
+def run_tests(tree: Path, tests: str) -> tuple[int, str]:
+    """Run tests until the first failure; give the exit code and the failing test."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests.split()]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    try:
+        done = subprocess.run(
+            command,
+            cwd=tree,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=LONGEST,
+        )
+    except subprocess.TimeoutExpired:
+        return 1, f"(hung for {LONGEST} s)"
+    found = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+    return done.returncode, found.group(1) if found else done.stdout[-400:]
+
+
+def copy_tree(target: Path) -> Path:
+    """What the tests need, without what they leave behind."""
+    ignored = shutil.ignore_patterns("__pycache__", ".*")
+    for name in ("lightning_accie", "tests", "docs", "benchmarks", "examples"):
+        if (ROOT / name).exists():
+            shutil.copytree(ROOT / name, target / name, ignore=ignored)
+    for path in ROOT.glob("*.*"):
+        if path.is_file():
+            shutil.copy(path, target)
+    return target
+
+
+def verdict(mutation: Mutation, trees: Queue[Path]) -> tuple[bool, str]:
+    """Whether the tests found the mistake, and a line for the table."""
+    tree = trees.get()
+    try:
+        with mutated(tree, mutation):
+            code, test = run_tests(tree, mutation.tests)
+    finally:
+        trees.put(tree)
+    found = code == 1  # anything above is no failing test but a broken run
+    words = f"`{test}`" if found else f"**not found** (exit code {code}): {test.strip()}"
+    return found, f"| {mutation.name} | {words} |"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", help="parts of names; all mutations by default")
+    parser.add_argument("--jobs", type=int, default=2)
+    options = parser.parse_args()
+    wanted = options.names or [""]
+    chosen = [m for m in MUTATIONS if any(part in m.name for part in wanted)]
+    if old := stale(chosen):
+        print("These no longer fit the package: " + "; ".join(old))
+        return 1
+    missed = 0
+    with tempfile.TemporaryDirectory() as name:
+        trees: Queue[Path] = Queue()
+        for job in range(options.jobs):
+            trees.put(copy_tree(Path(name) / str(job)))
+        print("| mistake | found by |\n|---|---|", flush=True)
+        with ThreadPoolExecutor(options.jobs) as pool:
+            for found, line in pool.map(lambda m: verdict(m, trees), chosen):
+                missed += not found
+                print(line, flush=True)
+    print(f"\n{len(chosen) - missed} of {len(chosen)} found.")
+    return int(missed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
