@@ -125,10 +125,8 @@ def machine() -> str:
 
 
 def publish(name: str, text: str) -> None:
-    """Write figures between the markers ``<!-- name -->`` of README.md and docs/benchmarks.md."""
-    for path in (ROOT / "README.md", ROOT / "docs" / "benchmarks.md"):
-        if not path.exists():
-            continue
+    """Write figures between the markers ``<!-- name -->`` of README.md and the pages in docs/."""
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         old = path.read_text()
         new = pattern.sub(lambda match: match.group(1) + text.strip() + "\n" + match.group(2), old)
