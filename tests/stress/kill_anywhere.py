@@ -40,6 +40,7 @@ from torch.utils.data import DataLoader
 
 import lightning_accie.callback
 from lightning_accie import InfluenceCallback, InfluenceEngine, InfluenceScores, Trajectory
+from lightning_accie.capture.recording import Recording
 from lightning_accie.errors import TrajectoryError
 from lightning_accie.scores_files import ScoresError
 from lightning_accie.trajectory import checkpoints
@@ -75,7 +76,7 @@ class Phase:
 
 
 PHASES = [
-    Phase("capture", InfluenceCallback, "_train"),
+    Phase("capture", Recording, "_train"),
     Phase("writing a checkpoint", TrajectoryWriter, "checkpoint", calls=6),
     Phase("analysis", InfluenceEngine, "estimate"),
     Phase("scores.save", InfluenceScores, "save"),
@@ -133,9 +134,8 @@ def announce(phase: Phase, pipe: int, nth: int | None, letters: bytes = b"be") -
     """Write one letter as the phase begins and one as it ends: its nth call, or every one."""
     begin, end = letters[:1], letters[1:]
     if phase.method == "_train":  # from the opening of the trajectory to its close
-        InfluenceCallback._begin = announced(InfluenceCallback._begin, pipe, begin)  # type: ignore[method-assign]
-        last = announced(InfluenceCallback.on_train_end, pipe, b"", end)
-        InfluenceCallback.on_train_end = last  # type: ignore[method-assign]
+        Recording._begin = announced(Recording._begin, pipe, begin)  # type: ignore[method-assign]
+        Recording.finish = announced(Recording.finish, pipe, b"", end)  # type: ignore[method-assign]
         return
     original = getattr(phase.owner, phase.method)
     setattr(phase.owner, phase.method, announced(original, pipe, begin, end, nth))

@@ -62,8 +62,8 @@ MUTATIONS = [
     Mutation(
         "index pairing: the prefetched batch instead of the one at hand",
         "capture/indices.py",
-        "return delivered[0]",
-        "return delivered[-1]",
+        "pieces, self.prints = delivered[0]",
+        "pieces, self.prints = delivered[-1]",
         INDICES,
     ),
     Mutation(
