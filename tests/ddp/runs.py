@@ -7,6 +7,7 @@ With ``faults``, everything else goes wrong, and rank 1 is killed in training.
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -25,3 +26,6 @@ def main(root: Path, what: str) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), sys.argv[2])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # past the teardown of a group whose other process is dead, in which torch may abort
