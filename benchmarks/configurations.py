@@ -31,7 +31,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_accie import InfluenceCallback, InfluenceEngine, LeaveOneOut, SgdIE
-from lightning_accie.estimators.measure import choose_ways
 from lightning_accie.trajectory import checkpoints
 
 STEP = 1e-5
@@ -123,7 +122,6 @@ def measure(case: Case) -> Row:
             progress=False,
         )
         replay = engine.replay("val_loss")
-        choose_ways(replay)
         if case.derivatives:
             first = SgdIE().estimate(replay)
             order = first.influence.abs().argsort()

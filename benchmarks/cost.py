@@ -34,7 +34,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_accie import AccSgdIE, InfluenceCallback, InfluenceEngine, LeaveOneOut, SgdIE
-from lightning_accie.estimators.measure import choose_ways
 
 KINDS = ("nothing", "empty", "capture")
 
@@ -103,7 +102,6 @@ def measure(problem: Problem, repeats: int) -> dict[str, float]:
         influence.directory / "trajectory", module, train, val_dataloaders=val, progress=False
     )
     replay = engine.replay("val_loss")
-    choose_ways(replay)
     tracked = list(range(problem.tracked))
     for name, estimator, share in (
         ("sgd_ie", SgdIE(), 1),

@@ -25,6 +25,7 @@ from lightning_accie.ranking import Ranking
 from lightning_accie.replay import random_state
 from lightning_accie.replay.batches import Batches, BatchSource
 from lightning_accie.replay.data_check import compare_data
+from lightning_accie.replay.header import check_header
 from lightning_accie.replay.module import SampleLosses, TrainingProgram
 from lightning_accie.replay.probe import check_derivatives, find_loss_form
 from lightning_accie.replay.stored import StoredSource
@@ -144,7 +145,12 @@ class InfluenceEngine:
                 f"({self.trajectory.reason or self.trajectory.status}), so there is nothing to "
                 "replay. Train again."
             )
+        check_header(header, self.trajectory.directory)
+        parts = {name for name, _ in self.module.named_modules()}
         differences = same_names(self.module, header) or self._other_buffers()
+        differences += [
+            f"`{name}` is missing" for name in header["eval_modules"] if name not in parts
+        ]
         if differences:
             shown = "; ".join(differences[:5]) + ("; …" if len(differences) > 5 else "")
             double = header["precision"] == "64-true"
@@ -220,13 +226,19 @@ class InfluenceEngine:
             at: see `estimate`.
 
         Returns:
-            The run with its query.
+            The run with its query, set to the fastest ways to its derivatives that the module allows.
         """
-        walker = self._walker_until(self._end(at))
         with random_state.isolated(self._cuda), torch.compiler.set_stance("force_eager"):
-            self._check_data()
-            self._find_losses(walker)
-            final = walker.final()
+            replay = self._replay(query, query_dataloader, at)
+            choose_ways(replay)
+        return replay
+
+    def _replay(self, query: str | QueryFunction | None, query_dataloader: Any, at: At) -> Replay:
+        """The run with its query, before the ways are chosen."""
+        walker = self._walker_until(self._end(at))
+        self._check_data()
+        self._find_losses(walker)
+        final = walker.final()
         samples, visits, first, last = self._drawn(walker.trajectory)
         return Replay(
             walker=walker,
@@ -260,6 +272,13 @@ class InfluenceEngine:
                     "ModelCheckpoint with a `monitor=` had saved one when the run ended, or the "
                     'best one was saved before the recording began. Use `at="last"`, or the number '
                     "of a step."
+                )
+            if best["step"] > steps:
+                raise QueryError(
+                    f"The best checkpoint was saved after {best['step']} steps, but the trajectory "
+                    f"{self.trajectory.directory} ends after {steps}"
+                    + (f" ({self.trajectory.reason})" if self.trajectory.reason else "")
+                    + '. Use `at="last"`, or the number of a step.'
                 )
             return int(best["step"])
         if isinstance(at, bool) or not isinstance(at, int) or not 1 <= at <= steps:
@@ -334,7 +353,7 @@ class InfluenceEngine:
         )
         chosen = resolve_estimator(estimator)
         with random_state.isolated(self._cuda), torch.compiler.set_stance("force_eager"):
-            replay = self.replay(query, query_dataloader, at=at)
+            replay = self._replay(query, query_dataloader, at)
             value = replay.query.value(replay.final.state.params)
             if not np.isfinite(value):
                 raise QueryError(

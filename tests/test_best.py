@@ -84,7 +84,7 @@ def fit(
     return influence, validations
 
 
-def engine_of(trajectory: Path) -> InfluenceEngine:
+def engine_of(trajectory: Path | Trajectory) -> InfluenceEngine:
     train, valid = loaders()
     return InfluenceEngine(
         trajectory, Classifier(smooth_net(), CONFIGURE, overshoots), train, val_dataloaders=valid,
@@ -101,6 +101,18 @@ def check_against_file(influence: InfluenceCallback, path: str) -> int:
         assert torch.equal(value, weights[name]), name
     assert replay.walker.fidelity.bit_exact
     return len(replay.walker)
+
+
+def test_a_record_that_ends_before_the_best_checkpoint(tmp_path: Path) -> None:
+    """As that of several processes does, of which one stopped recording."""
+    influence, validations = fit(tmp_path, saver(tmp_path))
+    assert influence.directory is not None
+    trajectory = Trajectory.open(influence.directory / "trajectory").until(validations.best - 1)
+    engine = engine_of(trajectory)
+    words = f"saved after {validations.best} steps, .* ends after {validations.best - 1}"
+    with pytest.raises(QueryError, match=words):
+        engine.replay(at="best")
+    assert len(engine.replay(at="last").walker) == validations.best - 1
 
 
 WHEN: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

@@ -264,6 +264,7 @@ def margin(module: Any, batch: Any) -> Tensor:
     return F.multi_margin_loss(module.net(x), y)
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_a_callable(tmp_path: Path) -> None:
     module = Classifier(net(), sgd())
     engine, _ = opened(tmp_path, module, loader(), monitor=margin)

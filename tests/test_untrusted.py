@@ -321,6 +321,57 @@ def test_a_step_log_that_makes_no_sense_is_refused(run: Path, case: str) -> None
         list(Trajectory.open(run / "trajectory").steps())
 
 
+# ------------------------------------------------------------------ headers
+
+NEEDED = (
+    *("module", "parameters", "groups", "frozen", "optimizer", "clip", "precision"),
+    *("eval_modules", "step_arguments", "trainer", "loaders", "monitor"),
+)
+DISPENSABLE = (
+    *("overridden_hooks", "capture", "device", "threads", "versions", "id", "resumed", "saved"),
+    *("best", "loss_form"),
+)
+HEADER = (*NEEDED, *DISPENSABLE)
+
+
+def test_these_are_the_headers_entries(recorded: Path) -> None:
+    assert set(HEADER) == Trajectory.open(recorded / "trajectory").header.keys()
+
+
+@pytest.mark.parametrize("key", HEADER)
+def test_a_header_that_lacks_something(run: Path, recorded: Path, key: str) -> None:
+    """Either it is dispensable, and the ranking the same, or it is named."""
+    change_manifest(run, lambda document: document["header"].pop(key))
+    if key in DISPENSABLE:
+        assert torch.equal(rank(run).influence, InfluenceScores.load(recorded).influence)
+        return
+    with pytest.raises(TrajectoryError, match=f"lacks `{key}`"):
+        rank(run)
+
+
+@pytest.mark.parametrize("value", [7, "x", [["x"]], {"x": -1}, None], ids=str)
+def test_a_header_with_something_else_there(run: Path, value: Any) -> None:
+    """Nothing but errors with a reason, and never another ranking."""
+    manifest = (run / "trajectory" / "manifest.json").read_text()
+    for key in HEADER:
+        (run / "trajectory" / "manifest.json").write_text(manifest)
+        change_manifest(run, lambda document, key=key: document["header"].update({key: value}))
+        harmless = key in {"capture", "device", "threads", "versions", "id", "saved"}
+        if harmless or (key, value) in [
+            *[("module", "x"), ("monitor", "x"), ("clip", None), ("best", None), ("trainer", None)],
+            *[("optimizer", "x"), ("trainer", {"x": -1})],
+        ]:
+            continue  # words, or what may stand there
+        with pytest.raises(TrajectoryError, match=f"lacks `{key}`"):
+            rank(run)
+
+
+def test_a_header_that_names_a_part_that_is_not_there(run: Path) -> None:
+    change_manifest(run, lambda document: document["header"].update(eval_modules=["head"]))
+    with pytest.raises(TrajectoryError, match=r"another module.*`head` is missing"):
+        rank(run)
+
+
 # ------------------------------------------------------------------ other versions
 
 

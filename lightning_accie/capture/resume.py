@@ -25,6 +25,7 @@ from torch import Tensor
 
 from lightning_accie.capture.recorder import Recorder
 from lightning_accie.errors import TrajectoryError
+from lightning_accie.replay.header import check_header
 from lightning_accie.trajectory.reader import Trajectory
 from lightning_accie.trajectory.records import Checkpoint
 from lightning_accie.trajectory.splice import After
@@ -252,6 +253,7 @@ def follow(
             f"{processes}."
         )
     trajectory = Trajectory.open(bookmark.directory)
+    check_header(trajectory.header, trajectory.directory)
     _check_reach(bookmark, trajectory)
     _check_same(trajectory.header, header, trajectory.directory)
     if checksum(state) != bookmark.state:
@@ -316,8 +318,9 @@ def _continuation(
     steps, header = bookmark.steps, trajectory.header
     # The running statistics of a broken accumulation window, say: no replay gives them.
     other = buffers_checksum(state) != (bookmark.buffers or buffers_checksum(Checkpoint(0, {})))
-    other |= any(entry["buffers"] and entry["step"] == steps for entry in header["resumed"])
-    earlier = [_cut(entry, steps, global_step) for entry in header["resumed"]]
+    before = header.get("resumed", ())
+    other |= any(entry["buffers"] and entry["step"] == steps for entry in before)
+    earlier = [_cut(entry, steps, global_step) for entry in before]
     splice = {
         "id": header["id"],
         "step": steps,
@@ -328,7 +331,7 @@ def _continuation(
     resumed = [*earlier, splice]
     pinned = frozenset(entry["step"] for entry in resumed if entry["buffers"])
     last = steps - 1 if other else steps
-    saved = {path: step for path, step in header["saved"].items() if step <= steps}
+    saved = {path: step for path, step in header.get("saved", {}).items() if step <= steps}
     return Continuation(After(trajectory.directory, steps, last, pinned), resumed, saved)
 
 

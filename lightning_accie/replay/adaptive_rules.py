@@ -5,6 +5,7 @@
 | v, accumulated squares | ``slots["square_avg"]``, ``["sum"]``, ``["exp_avg_sq"]`` |
 | mean gradient, mean squared update | ``slots["grad_avg"]``, ``["acc_delta"]`` |
 | u, the weighted infinity norm | ``slots["exp_inf"]`` |
+| μ₁·μ₂·…·μ_t, NAdam's momenta so far | ``slots["mu_product"]`` |
 
 Roots are taken of max(v, tiny), for the reason that `update_rules.Adam` gives.
 """
@@ -206,3 +207,58 @@ class RAdam(_Adaptive):
             ratio = (length - 4) * (length - 2) * longest
             move = move * adaptive * (ratio / ((longest - 4) * (longest - 2) * length)) ** 0.5
         return param.add(move, alpha=-1.0), {"exp_avg": mean, "exp_avg_sq": squares}
+
+
+class NAdam(_Adaptive):
+    """`torch.optim.NAdam`: coupled and decoupled weight decay, maximize."""
+
+    keys = ("exp_avg", "exp_avg_sq", "mu_product")
+
+    def update(
+        self,
+        param: Tensor,
+        grad: Tensor,
+        slots: Mapping[str, Tensor],
+        step: int,
+        settings: Mapping[str, Any],
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Take one step; see `UpdateRule.update`.
+
+        Returns:
+            The new parameter, ``exp_avg``, ``exp_avg_sq`` and ``mu_product`` (a number).
+        """
+        lr, decay, (beta1, beta2) = settings["lr"], settings["weight_decay"], settings["betas"]
+        decoupled = settings["decoupled_weight_decay"]
+        grad = _decayed(param, grad, {**settings, "weight_decay": 0.0 if decoupled else decay})
+        if decoupled and decay != 0:
+            param = param.mul(1 - lr * decay)
+        count = step + 1
+        momentum = _nesterov_momentum(beta1, count, settings)
+        following = _nesterov_momentum(beta1, count + 1, settings)
+        product = slots["mu_product"] if slots else torch.ones((), dtype=_scalar_dtype())
+        product = product.mul(momentum)
+        zero = torch.zeros_like(grad)
+        mean = torch.lerp(slots.get("exp_avg", zero), grad, 1 - beta1)
+        squares = slots.get("exp_avg_sq", zero).mul(beta2).addcmul(grad, grad, value=1 - beta2)
+        denominator = _root(squares.div(1 - beta2**count)).add(settings["eps"])
+        # torch reads the product as a number and computes with it in double precision. A tensor is
+        # the same under `torch.func`, which allows no reading. (A number divided by a tensor would be
+        # multiplied by its reciprocal, which rounds otherwise.)
+        passed = product.double()
+        now = torch.full_like(passed, -lr * (1.0 - momentum)).div(1.0 - passed).to(param.dtype)
+        ahead = torch.full_like(passed, -lr * following).div(1.0 - passed * following)
+        ahead = ahead.to(param.dtype)
+        param = param.add((grad * now) / denominator)
+        param = param.add((mean * ahead) / denominator)
+        return param, {"exp_avg": mean, "exp_avg_sq": squares, "mu_product": product}
+
+
+def _nesterov_momentum(beta1: float, count: int, settings: Mapping[str, Any]) -> float:
+    """μ_t of NAdam's schedule."""
+    return beta1 * (1.0 - 0.5 * (0.96 ** (count * settings["momentum_decay"])))
+
+
+def _scalar_dtype() -> torch.dtype:
+    """Of the numbers that torch's optimisers keep in tensors."""
+    double = torch.get_default_dtype() == torch.float64
+    return torch.float64 if double else torch.float32

@@ -22,7 +22,14 @@ import torch
 from torch import Tensor
 
 from lightning_accie.errors import UnsupportedError
-from lightning_accie.replay.adaptive_rules import Adadelta, Adagrad, Adamax, RAdam, RMSprop
+from lightning_accie.replay.adaptive_rules import (
+    Adadelta,
+    Adagrad,
+    Adamax,
+    NAdam,
+    RAdam,
+    RMSprop,
+)
 
 
 class UpdateRule(Protocol):
@@ -244,7 +251,17 @@ _RULES: dict[type[torch.optim.Optimizer], UpdateRule] = {
     torch.optim.Adadelta: Adadelta(),
     torch.optim.Adamax: Adamax(),
     torch.optim.RAdam: RAdam(),
+    torch.optim.NAdam: NAdam(),
 }
+_WITHOUT = {
+    "ASGD": "the size of its step comes from the learning rate of the step before",
+    "Adafactor": "it scales a whole parameter by what all of its entries have in common",
+    "LBFGS": "it computes the loss several times in a step, and decides by its value",
+    "Muon": "it takes its matrices apart in 16 bits, which round the effect of one sample away",
+    "Rprop": "it follows the signs of the gradient alone, which have no derivative",
+    "SparseAdam": "its gradients are sparse",
+}
+"""Optimisers of torch that have no rule here, and why."""
 
 
 def register_update_rule(optimizer: type[torch.optim.Optimizer], rule: UpdateRule) -> None:
@@ -271,9 +288,12 @@ def rule_for(optimizer: type[torch.optim.Optimizer]) -> UpdateRule:
     rule = _RULES.get(optimizer)
     if rule is None:
         known = ", ".join(sorted(f"`{known.__name__}`" for known in _RULES))
+        is_torchs = getattr(torch.optim, optimizer.__name__, None) is optimizer
+        reason = _WITHOUT.get(optimizer.__name__) if is_torchs else None
         raise UnsupportedError(
-            f"The optimiser `{optimizer.__name__}` has no update rule, so its steps cannot be "
-            f"replayed. Use one of {known}, or register its rule with "
+            f"The optimiser `{optimizer.__name__}` has no update rule"
+            + (f" ({reason})" if reason else "")
+            + f", so its steps cannot be replayed. Use one of {known}, or register its rule with "
             "`lightning_accie.register_update_rule(YourOptimizer, rule)`."
         )
     return rule

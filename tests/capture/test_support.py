@@ -76,10 +76,27 @@ def test_two_optimisers(tmp_path: Path) -> None:
     refused(tmp_path, both, "manual")
 
 
-@pytest.mark.parametrize("optimiser", [torch.optim.LBFGS, torch.optim.NAdam, torch.optim.ASGD])
-def test_optimisers_without_a_rule(tmp_path: Path, optimiser: type[torch.optim.Optimizer]) -> None:
-    module = Classifier(smooth_net(), lambda p: optimiser(p, lr=0.1))  # type: ignore[call-arg]
-    refused(tmp_path, module, f"`{optimiser.__name__}`", "`SGD`", "register_update_rule")
+@pytest.mark.parametrize(
+    ("optimiser", "reason"),
+    [
+        (torch.optim.LBFGS, "several times in a step"),
+        (torch.optim.ASGD, "learning rate of the step before"),
+        (torch.optim.Rprop, "signs of the gradient"),
+        (torch.optim.Adafactor, "have in common"),
+        (torch.optim.SparseAdam, "sparse"),
+    ],
+)
+def test_optimisers_without_a_rule(tmp_path: Path, optimiser: Any, reason: str) -> None:
+    module = Classifier(smooth_net(), lambda p: optimiser(p, lr=0.1))
+    named = f"`{optimiser.__name__}` has no update rule ("
+    refused(tmp_path, module, named, reason, "`SGD`", "register_update_rule")
+
+
+def test_a_namesake_of_one_of_torchs_is_given_no_reason(tmp_path: Path) -> None:
+    class ASGD(torch.optim.SGD): ...
+
+    module = Classifier(smooth_net(), lambda p: ASGD(p, lr=0.1))
+    refused(tmp_path, module, "`ASGD` has no update rule, so its steps")
 
 
 def test_an_optimiser_of_foreign_parameters(tmp_path: Path) -> None:

@@ -28,4 +28,6 @@ if __name__ == "__main__":
     main(Path(sys.argv[1]), sys.argv[2])
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)  # past the teardown of a group whose other process is dead, in which torch may abort
+    os._exit(
+        0
+    )  # past the teardown of a group whose other process is dead, in which torch may abort

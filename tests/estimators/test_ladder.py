@@ -195,8 +195,8 @@ def test_operators(tmp_path: Path, case: str) -> None:
         callback={"estimator": "acc-sgd-ie"},
     )
     replay = engine.replay("val_loss")
-    ladder = choose_ways(replay)
     assert replay.walker.tangents == tangents
+    ladder = choose_ways(replay)
     assert reason in " ".join(ladder.reasons.values())
     acc = AccSgdIE().estimate(replay).influence
     exact = LeaveOneOut().estimate(replay).influence

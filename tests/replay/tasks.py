@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from lightning_accie import InfluenceEngine, LeaveOneOut, SgdIE
-from lightning_accie.estimators.measure import choose_ways
 from tests.problems import Classifier, record, sgd
 from tests.truth import recorded_batches
 
@@ -90,7 +89,6 @@ def drops_its_own_term_alone(
     in_last_batch = recorded_batches(engine.trajectory)[-1][0][0]
     chosen = sorted({0, 3, in_last_batch})
     replay = engine.replay("val_loss")
-    choose_ways(replay)
     found = LeaveOneOut(chosen).estimate(replay)
     assert replay.walker.fidelity.bit_exact
 

@@ -43,6 +43,15 @@ OPTIMISERS: dict[str, tuple[Any, dict[str, Any]]] = {
         torch.optim.RAdam,
         {"weight_decay": 0.1, "decoupled_weight_decay": True, "maximize": True},
     ),
+    "nadam": (torch.optim.NAdam, {}),
+    "nadam-coupled": (
+        torch.optim.NAdam,
+        {"betas": (0.8, 0.95), "weight_decay": 0.02, "momentum_decay": 0.1},
+    ),
+    "nadam-decoupled": (
+        torch.optim.NAdam,
+        {"weight_decay": 0.1, "decoupled_weight_decay": True, "maximize": True},
+    ),
 }
 
 
