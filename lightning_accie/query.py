@@ -27,7 +27,7 @@ from lightning_accie.logged import LogCatcher, Logged, WeightedMean
 from lightning_accie.replay import random_state
 from lightning_accie.replay.module import TrainingProgram
 from lightning_accie.replay.neutral import StandInTrainer, is_metric, neutral_copy
-from lightning_accie.replay.per_sample import Differentiable
+from lightning_accie.replay.operators import Differentiable
 from lightning_accie.replay.random_state import Restorable
 from lightning_accie.replay.state import Params, tree_bytes
 from lightning_accie.replay.walker import Snapshot

@@ -16,6 +16,7 @@ from lightning_accie.capture.draws import DrawWatch, Verdict
 from lightning_accie.capture.patch import Patch
 from lightning_accie.capture.snapshot import parameter_groups, take
 from lightning_accie.capture.support import overridden_hooks, step_arguments
+from lightning_accie.capture.weight_watch import WeightWatch
 from lightning_accie.replay.update_rules import qualified_name
 from lightning_accie.trajectory.records import Checkpoint, GroupSettings, MicroBatch, Piece, Step
 
@@ -135,6 +136,7 @@ class Recorder:
         self._epochs = loop.epoch_progress.current
         self._optimizer_steps = loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step
         device = trainer.strategy.root_device
+        self.weights = WeightWatch(trainer, module, overridden_hooks(module))
         self._draws = DrawWatch(device if device.type == "cuda" else None)
         self._open: Callable[..., MicroBatch] | None = None
         self._due = False
@@ -153,6 +155,8 @@ class Recorder:
         """Whether the optimiser is about to step and has not been seen to have stepped."""
         self.sink: Sink | None = None
         self.on_first_call: Callable[[], None] | None = None
+        self.on_written: Callable[[], None] | None = None
+        """Called when the weights were first written to by something besides the optimiser."""
         self.keep: Keep | None = None
 
     # ------------------------------------------------------------------ attaching
@@ -211,6 +215,9 @@ class Recorder:
         if self.on_first_call is not None:
             self.on_first_call()
             self.on_first_call = None
+            self.weights.begin()
+        elif self.weights.before(self.steps + self._due) and self.on_written is not None:
+            self.on_written()
         pieces, number = self.pieces, None
         if self.keep is not None:  # before the step, which may change its batch in place
             kept = self.keep(args[0], pieces)
@@ -221,6 +228,8 @@ class Recorder:
         self._close(self._draws.begin())
         self._drop_skipped()
         output = original(*args, **kwargs)
+        if self._fresh:
+            self.weights.within()
         self._open = partial(
             MicroBatch,
             pieces,
@@ -278,6 +287,7 @@ class Recorder:
         self.stepping = False
         if not self._enabled() or self.sink is None:
             return
+        self.weights.stepped()
         found_inf = getattr(optimizer, "found_inf", None)  # a fused optimiser skips by itself
         if found_inf is not None and bool(found_inf):
             return

@@ -149,6 +149,7 @@ class Recording:
             enabled=self._enabled,
         )
         self._recorder.on_first_call = self._begin
+        self._recorder.on_written = self._warn_of_written_weights
         self._recorder.attach()
         self._saved = SavedSteps(
             trainer, self._settings.monitor_name, self._settled_steps, self._update_header
@@ -229,6 +230,17 @@ class Recording:
                 raise
             self._stop(error)
             return None
+
+    def _warn_of_written_weights(self) -> None:
+        """Nobody knows yet whether they are other weights now: the replay will."""
+        assert self._recorder is not None
+        watch = self._recorder.weights
+        self._update_header({"written": watch.written}, at_once=False)
+        rank_zero_warn(
+            f"Something besides the optimiser wrote to the weights before step {watch.written}: "
+            f"{watch.suspects()}. If it put back what was there, as a swap for validation does, all is "
+            "well. If not, the replay of this run will stop there with a ReplayMismatchError."
+        )
 
     def before_step(self) -> None:
         """From here until the optimiser has stepped, the weights may be those of no step."""

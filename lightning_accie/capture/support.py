@@ -33,6 +33,9 @@ _MODULE_HOOKS = (
 )
 
 
+_EMBEDDINGS = (torch.nn.Embedding, torch.nn.EmbeddingBag)
+
+
 def check_trainer(trainer: Any) -> None:
     """Refuse what the trainer's own settings rule out; called in ``setup``.
 
@@ -94,11 +97,18 @@ def check_module(trainer: Any, module: Any) -> None:
             "The optimiser updates parameters that are not the module's own. Register them as "
             "parameters or submodules of the LightningModule."
         )
-    if any(isinstance(p, torch.nn.parameter.UninitializedParameter) for p in module.parameters()):
+    if any(map(torch.nn.parameter.is_lazy, (*module.parameters(), *module.buffers()))):
         raise UnsupportedError(
-            "The module has lazy parameters that are not initialised yet. Run one batch through it "
-            "before `fit`."
+            "The module has lazy parameters or buffers that are not initialised yet. Run one batch "
+            "through it before `fit`."
         )
+    for name, part in module.named_modules():
+        if getattr(part, "max_norm", None) is not None and isinstance(part, _EMBEDDINGS):
+            raise UnsupportedError(
+                f"`{name}` is a `{type(part).__name__}` with `max_norm={part.max_norm}`: its forward "
+                "pass writes to the weights, which a replay moves by the optimiser's steps alone. "
+                "Leave `max_norm` out, and scale what the embedding gives, or penalise its size."
+            )
     check_synchronised(trainer, module)
 
 

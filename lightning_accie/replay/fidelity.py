@@ -120,6 +120,11 @@ class Fidelity:
                 f" Or it is the rounding of `{self._precision.name}`, which differs between "
                 "devices and numbers of threads, and adds up: replay where the run was recorded."
             )
+        if (written := self._header.get("written")) is not None:
+            text += (
+                " In this run something besides the optimiser did write to the weights, for the "
+                f"first time before step {written}."
+            )
         if self._header["trainer"].get("world_size", 1) > 1:
             text += (
                 " Several processes trained: a value that they exchange in training_step "

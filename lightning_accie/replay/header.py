@@ -89,6 +89,7 @@ _OPTIONAL: dict[str, _Fits] = {
     "resumed": _all(_is_splice),
     "loss_form": _is_loss_form,
     "overridden_hooks": _all(_is_text),
+    "written": _is_count,
 }
 """Those that earlier releases, or runs that broke off, have not."""
 

@@ -15,7 +15,8 @@ from lightning_accie.replay import random_state
 from lightning_accie.replay.batches import Batches, versions
 from lightning_accie.replay.loss_form import LossForm
 from lightning_accie.replay.neutral import StandInTrainer, neutral_copy
-from lightning_accie.replay.per_sample import Differentiable, WeightedReduction
+from lightning_accie.replay.operators import Differentiable
+from lightning_accie.replay.per_sample import WeightedReduction
 from lightning_accie.replay.precision import Precision
 from lightning_accie.replay.random_state import Restorable
 from lightning_accie.replay.state import Params

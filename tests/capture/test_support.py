@@ -105,6 +105,15 @@ def test_an_optimiser_of_foreign_parameters(tmp_path: Path) -> None:
     refused(tmp_path, module, "not the module's own", "Register them")
 
 
+@pytest.mark.parametrize(
+    "lazy", [nn.LazyLinear(3), nn.LazyBatchNorm1d(affine=False)], ids=["parameter", "buffer"]
+)
+def test_lazy_modules(tmp_path: Path, lazy: nn.Module) -> None:
+    net = nn.Sequential(smooth_net(), lazy)
+    module = Classifier(net, lambda _: torch.optim.SGD(net[0].parameters(), lr=0.1))
+    refused(tmp_path, module, "not initialised yet", "one batch")
+
+
 # ---------------------------------------------------------------------- the trainer
 
 
