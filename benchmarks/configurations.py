@@ -92,10 +92,12 @@ class Runs:
         return model
 
     def query(self, model: Model, like: Model | None = None) -> float:
-        """The validation loss, with the running statistics of ``like`` (method: section 2)."""
+        """The validation loss, with the buffers of ``like`` but for the running statistics."""
         if like is not None:
-            for buffer, recorded in zip(model.buffers(), like.buffers(), strict=True):
-                buffer.copy_(recorded)
+            kept = dict(like.named_buffers())
+            for name, buffer in model.named_buffers():
+                if "running_" not in name:
+                    buffer.copy_(kept[name])
         model.eval()
         with torch.no_grad():
             return float(model.query(self.valid.tensors))

@@ -354,7 +354,7 @@ class InfluenceEngine:
         chosen = resolve_estimator(estimator)
         with random_state.isolated(self._cuda), torch.compiler.set_stance("force_eager"):
             replay = self._replay(query, query_dataloader, at)
-            value = replay.query.value(replay.final.state.params)
+            value = replay.query.value(replay.final.state.visible)
             if not np.isfinite(value):
                 raise QueryError(
                     f"`{replay.query.name}` is {value} at the end of the run, so nothing can be "

@@ -60,7 +60,8 @@ class ModuleQuery:
             batches are weighted by their size.
         loaders: the evaluation dataloaders.
         limits: batches to take from each, or None for all.
-        buffers: the module's buffers at s_T (running statistics stay as recorded).
+        buffers: the module's buffers at s_T; those that are given with the parameters take their
+            place.
         memory_budget: bytes for kept batches and for evaluating many parameter sets at once.
     """
 
@@ -93,6 +94,12 @@ class ModuleQuery:
         for parameter in named.values():
             parameter.requires_grad_(False)
         self._parameters = {name: named[name].requires_grad_() for name in program.names}
+        self._statistics = {
+            name: (owner._buffers, key, owner.get_buffer(key))
+            for name in program.statistics.names
+            for owner, key in [_owner(self.module, name)]
+        }
+        """Where the copy keeps the running statistics that come with the parameters, and its own."""
 
     @property
     def _cuda(self) -> torch.device | None:
@@ -125,7 +132,7 @@ class ModuleQuery:
         """q(θ).
 
         Args:
-            params: θ.
+            params: θ, and the running statistics where they are not those of s_T.
 
         Returns:
             The value; for a logged name, what `Trainer.validate` reports.
@@ -155,16 +162,20 @@ class ModuleQuery:
         """∇q(θ).
 
         Args:
-            params: θ.
+            params: θ, and the running statistics that are to be differentiated for.
 
         Returns:
-            The gradient by parameter name.
+            The gradient by name.
 
         Raises:
             QueryError: if the value does not depend on the parameters.
         """
         self._bind(params)
-        inputs = list(self._parameters.values())
+        leaves = dict(self._parameters)
+        for name, (holder, key, _) in self._statistics.items():
+            if name in params:
+                holder[key] = leaves[name] = params[name].detach().requires_grad_()
+        inputs = list(leaves.values())
         means = [WeightedMean() for _ in inputs]
         with self._same_draws():
             for place in self._places():
@@ -181,7 +192,7 @@ class ModuleQuery:
                 f"The gradient of `{self.name}` is zero everywhere: a metric such as accuracy has "
                 "no slope. Use a loss as `monitor=`."
             )
-        return dict(zip(self._parameters, total, strict=True))
+        return dict(zip(leaves, total, strict=True))
 
     def _slopes(self, value: Tensor, inputs: list[Tensor]) -> tuple[Tensor, ...]:
         if not value.requires_grad:
@@ -248,6 +259,8 @@ class ModuleQuery:
     def _bind(self, params: Params) -> None:
         for name, parameter in self._parameters.items():
             parameter.data = params[name]
+        for name, (holder, key, own) in self._statistics.items():
+            holder[key] = params.get(name, own)
 
     def _run(self, place: _Place) -> Tensor:
         with self._context():
@@ -392,7 +405,7 @@ def check_query(
     Raises:
         QueryError: if the query will not be measurable at the end of the run.
     """
-    params = snapshot.state.params
+    params = snapshot.state.visible
     for count in (1, _TRIED):
         with random_state.isolated(), kept_generators(loaders):
             batches = [first_batches(loader, count) for loader in loaders]
@@ -412,6 +425,12 @@ class _Place:
     batch: Any
     index: int
     loader: int
+
+
+def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The part of a module that has a buffer, and what it calls it."""
+    prefix, _, key = name.rpartition(".")
+    return module.get_submodule(prefix), key
 
 
 def _function_name(function: Any) -> str:

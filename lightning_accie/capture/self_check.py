@@ -6,12 +6,13 @@ What cannot be replayed is refused within the first seconds, not after hours.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_accie.errors import ReplayMismatchError, UnsupportedError
 from lightning_accie.replay import random_state
@@ -125,6 +126,8 @@ def check_first_step(
             return LossForm()
         _check_finite(first)
         form = find_loss_form(program, visit.map.losses[0])  # type: ignore[arg-type]
+        if program.statistics.left_out:
+            rank_zero_warn(_left_out(program.statistics.left_out))
         settled = replace(visit.map, penalty=form.penalty, transforms=program.untransformed is None)
         visit = replace(visit, map=settled)
         _check_movement(walker.again(visit), visit, first)
@@ -133,6 +136,17 @@ def check_first_step(
         if check_query is not None:
             check_query(program, walker.final())
     return form
+
+
+def _left_out(names: Sequence[str]) -> str:
+    shown = ", ".join(f"`{name}`" for name in names[:4]) + (", …" if len(names) > 4 else "")
+    return (
+        f"The running statistics {shown} follow something else than what enters their layers once a "
+        "batch (activation checkpointing runs the layers twice), so InfluenceCallback cannot tell what "
+        "they would have been without an example. It takes those of the recorded run, which may "
+        "change the influence of single examples, in sign too. Keep normalisation layers out of what "
+        "is checkpointed, or use GroupNorm or LayerNorm."
+    )
 
 
 def _check_finite(first: FirstStep) -> None:

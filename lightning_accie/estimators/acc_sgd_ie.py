@@ -135,16 +135,16 @@ class AccSgdIE(Estimator):
 
     def _measure(self, replay: Replay, tangents: State) -> dict[str, Tensor]:
         """The influences and the relative size of the change, ``[c]`` each."""
-        params = replay.final.state.params
-        gradient = replay.query.gradient(params)
+        params, at = replay.final.state.params, replay.final.state.visible
+        gradient, along = replay.query.gradient(at), tangents.visible
         scale = float(dot(params, params).sqrt())
         figures = {
-            "linear": dot(tangents.params, gradient).cpu(),
+            "linear": dot(along, gradient).cpu(),
             "relative_change": (_norms(tangents) / max(scale, 1e-30)).cpu(),
         }
         if self.query == "evaluated":
-            moved = {name: params[name] + value for name, value in tangents.params.items()}
-            figures["evaluated"] = replay.query.values(moved).cpu() - replay.query.value(params)
+            moved = {name: at[name] + value for name, value in along.items()}
+            figures["evaluated"] = replay.query.values(moved).cpu() - replay.query.value(at)
         return figures
 
 
@@ -169,4 +169,5 @@ def _grown(tangents: State | None, state: State, rows: int) -> State:
         n: {k: torch.cat([v, extra.slots[n][k]]) for k, v in group.items()}
         for n, group in tangents.slots.items()
     }
-    return State(params, slots)
+    statistics = {n: torch.cat([v, extra.statistics[n]]) for n, v in tangents.statistics.items()}
+    return State(params, slots, statistics)

@@ -71,8 +71,7 @@ class LeaveOneOut(Estimator):
         samples = choose(replay, self.candidates)
         influence = torch.full((replay.span,), float("nan"), dtype=torch.float64)
         parts = list(chunks(replay, samples, copies=_COPIES))
-        params = replay.final.state.params
-        recorded = replay.query.value(params)
+        recorded = replay.query.value(replay.final.state.visible)
         kept: list[Tensor] = []
         total = len(parts) * len(replay.walker)
         done: list[Tensor] = []
@@ -111,7 +110,7 @@ class LeaveOneOut(Estimator):
                 states = visit.map.advance_many(states, removed)
             advance(1)
         assert states is not None
-        return replay.query.values(states.params)
+        return replay.query.values(states.visible)
 
 
 def _noise(replay: Replay, recorded: float, kept: list[Tensor]) -> float:

@@ -6,17 +6,20 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from lightning_accie.errors import first_line
 from lightning_accie.estimators.base import Replay
 from lightning_accie.estimators.chunks import chunk_size
-from lightning_accie.replay.state import stack, zeros_like
+from lightning_accie.replay.state import State, stack, zeros_like
 from lightning_accie.replay.step import TANGENTS
 from lightning_accie.replay.walker import Visit, Walker
 
 _ROWS = 32
+_Pulled = tuple[State, Tensor]
 
 
 def _best_of(action: Callable[[], object], repeats: int = 3) -> float:
@@ -102,19 +105,37 @@ def choose_ways(replay: Replay) -> Ladder:
 
 
 def _choose_product(ladder: Ladder) -> None:
-    """The cheaper way to a Hessian product; some operators have no forward mode."""
+    """The cheaper way to a Hessian product; some operators have no forward mode, or a wrong one.
+
+    Differentiating the forward-mode derivative of batch normalisation gives another result than
+    differentiating its gradient (seen in torch 2.13), which is the right one.
+    """
     walker = ladder.walker
     visit = next(walker.forwards())
     still = {name: torch.zeros_like(visit.state.params[name]) for name in visit.map.used}
     cotangent = visit.map.update(visit.state, still).map(torch.ones_like)
     times: dict[str, float] = {}
+    found: Any = None
     for product in ("double-backward", "reverse-over-forward"):
         if product != "double-backward" and not visit.map.transforms:
             continue
         pull = partial(replace(visit.map, product=product).vjp, visit.state, cotangent)
-        if ladder.tries(product, pull):
-            times[product] = _best_of(pull)
+        if not ladder.tries(product, pull):
+            continue
+        if times and not _agree(pull(), found, walker.program.analysis.tolerances.gradient):
+            ladder.reasons[product] = "torch gives another product than by double-backward"
+            continue
+        found = pull()
+        times[product] = _best_of(pull)
     walker.product = min(times, key=lambda name: times[name], default="double-backward")
+
+
+def _agree(one: _Pulled, other: _Pulled, tolerance: float) -> bool:
+    """Whether two results of `StepMap.vjp` are the same to rounding (norms)."""
+    pairs = list(zip([*one[0].leaves(), one[1]], [*other[0].leaves(), other[1]], strict=True))
+    apart = sum(float((a - b).double().square().sum()) for a, b in pairs)
+    size = sum(float(b.double().square().sum()) for _, b in pairs)
+    return apart <= tolerance**2 * size
 
 
 def _maps(ladder: Ladder, replay: Replay) -> bool:
@@ -125,7 +146,7 @@ def _maps(ladder: Ladder, replay: Replay) -> bool:
     def side_by_side() -> None:
         replace(visit.map, vectorize=True).advance_many(both, replay.samples[:1].repeat(2))
         replay.query.vectorize = True
-        replay.query.values(both.params)
+        replay.query.values(both.visible)
 
     return ladder.tries("side by side", side_by_side)
 

@@ -47,7 +47,9 @@ class SgdIE(Estimator):
         """
         final = replay.final.state
         zero = zeros_like(final)
-        cotangent = State({**zero.params, **replay.query.gradient(final.params)}, zero.slots)
+        gradient = {**zero.visible, **replay.query.gradient(final.visible)}
+        statistics = {name: gradient.pop(name) for name in final.statistics}
+        cotangent = State(gradient, zero.slots, statistics)
         influence = torch.zeros(replay.span, dtype=torch.float64)
         steps = len(replay.walker)
         with replay.progress.task(self._description(), steps) as advance:
@@ -64,8 +66,8 @@ class SgdIE(Estimator):
         trusted = influence.isfinite()
         if not self.curvature:  # whose sizes mean little
             return trusted
-        end = replay.query.value(replay.final.state.params)
-        run = abs(replay.query.value(replay.walker.start().state.params) - end)
+        end = replay.query.value(replay.final.state.visible)
+        run = abs(replay.query.value(replay.walker.start().state.visible) - end)
         return trusted & (influence.abs() <= max(abs(end), run if math.isfinite(run) else 0.0))
 
     def probe(self, visit: Visit) -> None:

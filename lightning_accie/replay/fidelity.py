@@ -87,6 +87,7 @@ class Fidelity:
         names = [f"parameter `{name}`" for name in recorded.params]
         slots = recorded.slots.items()
         names += [f"`{slot}` of `{name}`" for name, group in slots for slot in group]
+        names += [f"running statistic `{name}`" for name in recorded.statistics]
         pairs = zip(names, replayed.leaves(), recorded.leaves(), strict=True)
         for name, value, stored in pairs:
             if torch.equal(value, stored):

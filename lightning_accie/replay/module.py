@@ -20,6 +20,7 @@ from lightning_accie.replay.per_sample import WeightedReduction
 from lightning_accie.replay.precision import Precision
 from lightning_accie.replay.random_state import Restorable
 from lightning_accie.replay.state import Params
+from lightning_accie.replay.statistics import RunningStatistics, tracks
 from lightning_accie.replay.tape import Tape
 from lightning_accie.trajectory.records import MicroBatch
 
@@ -90,8 +91,9 @@ class TrainingProgram:
             parameter.requires_grad_(name in self.trainable)
             parameter.grad = None
         self.buffers = dict(self.module.named_buffers())
+        self.statistics = RunningStatistics(self.module)
         parts = list(self.module.modules())
-        self._tracking = [p for p in parts if p.training and getattr(p, "track_running_stats", 0)]
+        self._tracking = [part for part in parts if tracks(part)]
         self._recurrent = any(isinstance(part, nn.RNNBase) for part in parts)
 
     def _set_modes(self, eval_modules: list[str]) -> None:
@@ -376,8 +378,10 @@ class TrainingProgram:
         weights: Tensor,
     ) -> Tensor:
         assert self.sample_losses is not None
+        twice = self.form.penalty  # statistics follow training_step then, which runs below
         with Differentiable():
-            losses = self.sample_losses(self.module, batch)
+            with self.statistics.paused() if twice else nullcontext():
+                losses = self.sample_losses(self.module, batch)
             if losses.shape != weights.shape:
                 raise UnsupportedError(
                     f"`sample_losses` returned a tensor of shape {tuple(losses.shape)} for a batch "
@@ -385,7 +389,7 @@ class TrainingProgram:
                     f"({len(weights)},)."
                 )
             losses = losses.to(torch.promote_types(losses.dtype, torch.float32))
-            if not self.form.penalty:
+            if not twice:
                 return torch.dot(losses, weights.to(losses.dtype)) / len(weights)
             if random is not None:  # the second forward pass draws what the first drew
                 random.restore(self._cuda)
@@ -419,11 +423,23 @@ def parameter_places(
 
 
 class RecordedLoss:
-    """c_m L_m(θ, w) of one recorded micro-batch; a `MicroLoss`."""
+    """c_m L_m(θ, w) of one recorded micro-batch; a `MicroLoss`.
+
+    Args:
+        program: the module's training step.
+        micro: the record.
+        random: the generators' states before it, or None where it draws nothing.
+        turn: how many micro-batches of this rank came before it in its step.
+    """
 
     def __init__(
-        self, program: TrainingProgram, micro: MicroBatch, random: Restorable | None
+        self,
+        program: TrainingProgram,
+        micro: MicroBatch,
+        random: Restorable | None,
+        turn: int = 0,
     ) -> None:
+        self._turn = turn
         self.tape: Tape | None = None
         self.program = program
         self.micro = micro
@@ -431,24 +447,34 @@ class RecordedLoss:
         self.rank = micro.rank
         self.samples = torch.from_numpy(program.batches.sample_numbers(micro))
 
-    def functional(self, params: Params, weights: Tensor) -> Tensor:
+    def functional(
+        self, params: Params, weights: Tensor, statistics: Params
+    ) -> tuple[Tensor, Params]:
         """The loss from explicit parameters.
 
         Returns:
-            A scalar.
+            A scalar, and the running statistics after it.
         """
-        # Not `around`: forward mode over two gradients that meet fails on torch's symbolic zeros.
-        loss = self.program.weighted(self.micro, self.random, weights, params, around=False)
-        return loss / self.micro.divisor
+        with self._following(statistics) as after:
+            # Not `around`: forward mode over two gradients that meet fails on torch's symbolic zeros.
+            loss = self.program.weighted(self.micro, self.random, weights, params, around=False)
+        return loss / self.micro.divisor, after
 
-    def bound(self, weights: Tensor) -> tuple[Tensor, Params]:
+    def bound(self, weights: Tensor, statistics: Params) -> tuple[Tensor, Params, Params]:
         """The loss from the bound parameters.
 
         Returns:
-            A scalar with its graph, and the parameters.
+            A scalar with its graph, the parameters, and the running statistics after it.
         """
-        loss = self.program.weighted(self.micro, self.random, weights)
-        return loss / self.micro.divisor, self.program.parameters
+        with self._following(statistics) as after:
+            loss = self.program.weighted(self.micro, self.random, weights)
+        return loss / self.micro.divisor, self.program.parameters, after
+
+    def _following(self, statistics: Params) -> AbstractContextManager[Params]:
+        """DDP keeps the statistics of rank 0 alone."""
+        if self.rank:
+            return nullcontext(statistics)
+        return self.program.statistics.following(statistics, self._turn)
 
     def held(self, params: Params | None = None) -> AbstractContextManager[None]:
         """Where a backward pass over it belongs; see `TrainingProgram.held`.

@@ -19,8 +19,10 @@ class Differentiable(TorchFunctionMode):
     Attention goes through its maths kernel: the fused ones have no forward mode and no double
     backward. Weight normalisation is written out: torch's own operator has no forward mode, and its
     double backward is wrong in the direction (seen in torch 2.13). So are distances: `torch.cdist` has
-    neither. Dropout draws its mask in the order of its input's memory, as plain torch does;
-    `torch.func` would draw in the order of the dimensions, and so another mask for a transposed input.
+    neither. So is normalisation by running statistics that are differentiated for; running statistics
+    are not updated in place. Dropout draws its mask in the order of its input's memory, as plain torch
+    does; `torch.func` would draw in the order of the dimensions, and so another mask for a transposed
+    input.
     """
 
     def __torch_function__(
@@ -39,6 +41,10 @@ class Differentiable(TorchFunctionMode):
             return _dropout(*args, **(kwargs or {}))
         if func is torch.cdist:
             return _cdist(*args, **(kwargs or {}))
+        if func in _EVALUATED and _running_differentiated(*args, **(kwargs or {})):
+            return _normalize(*args, **(kwargs or {}))
+        if func is F.instance_norm:
+            return _instance_norm(*args, **(kwargs or {}))
         if func is torch._weight_norm:
             return _weight_norm(*args, **(kwargs or {}))
         if func is F.scaled_dot_product_attention:
@@ -97,6 +103,50 @@ def _cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str | None = No
     met = powers == 0.0
     root = torch.where(met, 1.0, powers)
     return torch.where(met, 0.0, root.sqrt() if p == 2.0 else root.pow(1.0 / p))
+
+
+_EVALUATED = (F.batch_norm, F.instance_norm)
+
+
+def _running_differentiated(
+    input: Tensor, running_mean: Tensor | None = None, *args: Any, **kwargs: Any
+) -> bool:
+    return running_mean is not None and running_mean.requires_grad
+
+
+def _normalize(
+    input: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *rest: Any,
+    eps: float = 1e-5,
+    **others: Any,
+) -> Tensor:
+    """Normalise by running statistics, as batch and instance normalisation do in evaluation mode."""
+    eps = rest[2] if len(rest) > 2 else eps  # after the mode and the momentum
+    shape = (1, -1, *[1] * (input.dim() - 2))
+    scale = (running_var + eps).rsqrt()
+    scale = scale if weight is None else scale * weight
+    shift = -running_mean * scale
+    shift = shift if bias is None else shift + bias
+    return (input * scale.view(shape) + shift.view(shape)).to(input.dtype)
+
+
+def _instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    *rest: Any,
+    **others: Any,
+) -> Tensor:
+    """Instance normalisation, which by its own statistics updates no running ones."""
+    given = (None, None) if use_input_stats else (running_mean, running_var)
+    return F.instance_norm(input, *given, weight, bias, use_input_stats, *rest, **others)
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:

@@ -68,6 +68,7 @@ def find_loss_form(program: TrainingProgram, loss: RecordedLoss) -> LossForm:
         else:
             program.form = probe.found()
         probe.check_transforms()
+        probe.check_statistics()
     return program.form
 
 
@@ -225,7 +226,9 @@ class _Probe:
             found = grad(self._at_ones)(params)
         except (RuntimeError, NotImplementedError) as error:
             program.untransformed = first_line(error)
-            found = plain_autograd.gradient(self._at_ones, params, program.trainable, program.held)
+            found, _ = plain_autograd.gradient(
+                lambda p, b: (self._at_ones(p), b), params, {}, program.trainable, program.held
+            )
         plain = self._gradient()
         difference = {name: found[name] - value for name, value in plain.items()}
         if not _length(difference) <= self.tolerances.gradient * _length(plain):
@@ -235,6 +238,29 @@ class _Probe:
                 f"beside {_length(plain):.2g}. Something in `training_step` runs otherwise when it "
                 "is differentiated on its own, as under torch.func."
             )
+
+    def check_statistics(self) -> None:
+        """Leave running statistics as recorded where they do not follow what enters their layers.
+
+        Activation checkpointing does it: the backward pass runs the layers, and updates the
+        statistics, once more.
+        """
+        program = self.program
+        if not program.statistics.names:
+            return
+        before = {name: buffer.clone() for name, buffer in program.buffers.items()}
+        value = program.run(self.loss.micro, self.loss.random)
+        if value is not None:
+            torch.autograd.grad(value, list(program.parameters.values()), allow_unused=True)
+        after = {n: b.clone() for n, b in program.statistics.of(program.buffers).items()}
+        program.load_buffers(before)
+        with torch.no_grad():
+            *_, found = self.loss.bound(self.loss.ones(), program.statistics.of(before))
+        for name, value in after.items():
+            scale = value.abs().max().clamp_min(1e-12)
+            if not (found[name] - value).abs().max() <= self.tolerances.state * scale:
+                program.statistics.leave_out()
+                return
 
     def _at_ones(self, params: Params) -> Tensor:
         return self._weighted(self.loss.ones(), params)

@@ -25,6 +25,13 @@ class State(NamedTuple):
     slots: Slots
     """What the optimiser keeps per parameter: ``{}`` before its first step, then momentum buffers,
     moments, …"""
+    statistics: Params = {}  # noqa: RUF012 - never written to
+    """The running statistics of normalisation layers, by their names in the module."""
+
+    @property
+    def visible(self) -> Params:
+        """What an evaluation of the module sees: its parameters and its running statistics."""
+        return {**self.params, **self.statistics}
 
     def map(self, function: Callable[[Tensor], Tensor]) -> State:
         """Apply ``function`` to every tensor.
@@ -38,6 +45,7 @@ class State(NamedTuple):
                 name: {key: function(value) for key, value in slots.items()}
                 for name, slots in self.slots.items()
             },
+            {name: function(value) for name, value in self.statistics.items()},
         )
 
     def leaves(self) -> list[Tensor]:
@@ -47,7 +55,7 @@ class State(NamedTuple):
             The tensors, in an order that depends on the structure alone.
         """
         slots = [value for group in self.slots.values() for value in group.values()]
-        return [*self.params.values(), *slots]
+        return [*self.params.values(), *slots, *self.statistics.values()]
 
     def nbytes(self) -> int:
         """Count the bytes of every tensor.
@@ -67,7 +75,7 @@ def unflatten_like(state: State, leaves: list[Tensor]) -> State:
     values = iter(leaves)
     params = {name: next(values) for name in state.params}
     slots = {name: {key: next(values) for key in group} for name, group in state.slots.items()}
-    return State(params, slots)
+    return State(params, slots, {name: next(values) for name in state.statistics})
 
 
 def zeros_like(state: State, *, batch: int | None = None) -> State:
@@ -96,7 +104,7 @@ def pad_slots(tangent: State, like: State, *, batch: int | None = None) -> State
         name: {key: slot(name, key, value) for key, value in group.items()}
         for name, group in like.slots.items()
     }
-    return State(tangent.params, slots)
+    return State(tangent.params, slots, tangent.statistics)
 
 
 def dot(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> Tensor:

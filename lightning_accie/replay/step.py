@@ -5,12 +5,14 @@
 | s_t = (θ_t, slots) | ``state`` |
 | w | ``weights``, ``[N]``: every drawn sample of the step, its micro-batches one after the other |
 | Σ_m c_m L_m(θ, w_m) | ``losses``, each with c_m already in it |
+| b, part of s: running statistics | ``statistics`` |
 | g = Σ_m c_m ∇L_m | ``gradient`` |
 | U: (s, g) -> s', with clipping in front | ``Update`` |
 
 `StepMap.__call__` is the definition. The other methods are its derivatives, arranged around the split
 F_t = U ∘ g: whatever the optimiser, only one Hessian product of the loss is needed, and the rest is
-elementwise.
+elementwise. Running statistics follow what enters their layers, one micro-batch after the other, and
+nothing in the step depends on them: they are carried beside U.
 """
 
 from __future__ import annotations
@@ -35,6 +37,8 @@ from lightning_accie.replay.update import Update
 TANGENTS = ("vectorized", "one-by-one", "double-backward")
 """The ways to many Hessian products at once: forward mode side by side, forward mode one by one, and
 backwards twice; the first that a module's operators allow is the cheapest."""
+_Pulled = tuple[Params, Tensor, Params]
+"""Of a micro-batch: Hμ + (∂b'/∂θ)ᵀν, γ, and (∂b'/∂b)ᵀν."""
 _SHARED_PRIMAL: Any = (None, 0)
 """`vmap`'s output dimensions of (one value for all, one tangent each)."""
 
@@ -49,12 +53,17 @@ class MicroLoss(Protocol):
     tape: Tape | None
     """Its gradient with the graph, where the walk to this step kept it."""
 
-    def functional(self, params: Params, weights: Tensor) -> Tensor:
-        """The loss from explicit parameters; runs under `torch.func`'s transforms."""
+    def functional(
+        self, params: Params, weights: Tensor, statistics: Params
+    ) -> tuple[Tensor, Params]:
+        """The loss from explicit parameters, and the running statistics after it.
+
+        Runs under `torch.func`'s transforms.
+        """
         ...
 
-    def bound(self, weights: Tensor) -> tuple[Tensor, Params]:
-        """The loss from the module's bound parameters, and those parameters, for plain autograd."""
+    def bound(self, weights: Tensor, statistics: Params) -> tuple[Tensor, Params, Params]:
+        """The same from the module's bound parameters, which come second, for plain autograd."""
         ...
 
     def held(self, params: Params | None = None) -> AbstractContextManager[None]:
@@ -132,7 +141,8 @@ class StepMap:
         Returns:
             The next state.
         """
-        return self.update(state, self.gradient(state.params, weights))
+        gradient, statistics = self._evaluate(state.params, state.statistics, weights)
+        return self.update(state, gradient)._replace(statistics=statistics)
 
     def gradient(self, params: Params, weights: Tensor) -> Params:
         """∇_θ Σ_m c_m L_m(θ, w_m), for the parameters in use.
@@ -144,13 +154,22 @@ class StepMap:
         Returns:
             The gradient by parameter name.
         """
-        parts = [
-            grad(loss.functional)(params, part)
-            if self.transforms
-            else plain_autograd.gradient(partial(_at, loss, part), params, self.used, loss.held)
-            for loss, part in zip(self.losses, self._split(weights), strict=True)
-        ]
-        return self._total(parts)
+        return self._evaluate(params, {}, weights)[0]
+
+    def _evaluate(
+        self, params: Params, statistics: Params, weights: Tensor
+    ) -> tuple[Params, Params]:
+        """The gradient, and the running statistics after the step."""
+        parts = []
+        for loss, part in zip(self.losses, self._split(weights), strict=True):
+            if self.transforms:
+                found, statistics = grad(loss.functional, has_aux=True)(params, part, statistics)
+            else:
+                found, statistics = plain_autograd.gradient(
+                    partial(_at, loss, part), params, statistics, self.used, loss.held
+                )
+            parts.append(found)
+        return self._total(parts), statistics
 
     def _total(self, parts: Sequence[Params]) -> Params:
         """Add up the micro-batches' gradients."""
@@ -206,7 +225,7 @@ class StepMap:
         """
         if not self.losses:
             return tangents
-        gradient, curved = self._products(state.params, tangents.params)
+        gradient, curved, statistics = self._products(state, tangents)
         shift = {name: torch.zeros_like(value) for name, value in curved.items()}
         rows = (self.samples[None, :] == removed[:, None]).any(1).nonzero()[:, 0]
         if len(rows):
@@ -215,33 +234,44 @@ class StepMap:
             for name in curved:
                 shift[name].index_copy_(0, rows, first[name])
                 curved[name].index_add_(0, rows, second[name])
-        return self._push_update(state, gradient, tangents, curved, shift)
+        pushed = self._push_update(state, gradient, tangents, curved, shift)
+        return pushed._replace(statistics=statistics)
 
     @property
     def _backwards(self) -> bool:
         """Whether Hessian products of tangents go without forward mode."""
         return self.tangents == "double-backward" or not self.transforms
 
-    def _products(self, params: Params, tangents: Params) -> tuple[Params, Params]:
-        """∇L at w = 1, and HΔ_k."""
-        ones = self.ones()
+    def _products(self, state: State, tangents: State) -> tuple[Params, Params, Params]:
+        """∇L at w = 1, HΔ_k, and the tangents of the running statistics after the step."""
         if self._backwards:
-            parts = zip(self.losses, self._split(ones), strict=True)
-            found = [
-                plain_autograd.gradient_and_products(
-                    partial(_at, loss, part), params, self.used, tangents, loss.held
-                )
-                for loss, part in parts
-            ]
-            return _sum_up([g for g, _ in found]), _sum_up([products for _, products in found])
+            return self._products_backwards(state, tangents)
+        ones = self.ones()
+        at = (state.params, state.statistics)
 
-        def product(tangent: Params) -> tuple[Params, Params]:
-            return _jvp(lambda p: self.gradient(p, ones), (params,), (tangent,))
+        def product(tangent: State) -> tuple[Params, tuple[Params, Params]]:
+            along = (tangent.params, tangent.statistics)
+            (gradient, _), moved = _jvp(lambda p, b: self._evaluate(p, b, ones), at, along)
+            return gradient, moved
 
         if self.tangents == "vectorized" and self.vectorize:
-            return vmap(product, out_dims=_SHARED_PRIMAL, randomness="same")(tangents)
-        gradients, curved = self._one_by_one(product, tangents)
-        return {name: value[0] for name, value in gradients.items()}, curved
+            shared = vmap(product, out_dims=_SHARED_PRIMAL, randomness="same")
+            gradient, (curved, statistics) = shared(tangents)
+            return gradient, curved, statistics
+        gradients, (curved, statistics) = self._one_by_one(product, tangents)
+        return {name: value[0] for name, value in gradients.items()}, curved, statistics
+
+    def _products_backwards(self, state: State, tangents: State) -> tuple[Params, Params, Params]:
+        """The same by plain autograd."""
+        gradients, products = [], []
+        for loss, part in zip(self.losses, self._split(self.ones()), strict=True):
+            found, curved, statistics = plain_autograd.gradient_and_products(
+                partial(_at, loss, part), state, self.used, tangents, loss.held
+            )
+            tangents = tangents._replace(statistics=statistics)
+            gradients.append(found)
+            products.append(curved)
+        return _sum_up(gradients), _sum_up(products), tangents.statistics
 
     def _leaving_out(
         self, params: Params, tangents: Params, removed: Tensor
@@ -275,23 +305,25 @@ class StepMap:
         self, params: Params, tangent: Params, v: Tensor
     ) -> tuple[Params, Params]:
         """The same for one sample, by plain autograd."""
-        one = {name: value[None] for name, value in tangent.items()}
+        one = State({name: value[None] for name, value in tangent.items()}, {})
         found = []
         for loss, part in zip(self.losses, self._split(v), strict=True):
             if not bool(part.any()):
                 continue
 
-            def removed_part(p: Params, loss: MicroLoss = loss, part: Tensor = part) -> Tensor:
-                value = loss.functional(p, part)
-                return value - loss.functional(p, 0.0 * part) if self.penalty else value
+            def removed_part(
+                p: Params, b: Params, loss: MicroLoss = loss, part: Tensor = part
+            ) -> tuple[Tensor, Params]:
+                value, _ = loss.functional(p, part, b)
+                return value - loss.functional(p, 0.0 * part, b)[0] if self.penalty else value, {}
 
             found.append(
                 plain_autograd.gradient_and_products(
-                    removed_part, params, self.used, one, loss.held
+                    removed_part, State(params, {}), self.used, one, loss.held
                 )
             )
-        products = _sum_up([products for _, products in found])
-        return _sum_up([g for g, _ in found]), {n: value[0] for n, value in products.items()}
+        products = _sum_up([products for _, products, _ in found])
+        return _sum_up([g for g, *_ in found]), {n: value[0] for n, value in products.items()}
 
     def _push_update(
         self, state: State, gradient: Params, tangents: State, curved: Params, shift: Params
@@ -330,19 +362,28 @@ class StepMap:
             return self.update.vjp(state, {}, cotangent)[0], torch.zeros(0)
         if self.update.linear:  # U's derivative does not depend on the gradient
             back, mu = self.update.vjp(state, self._placeholder(state), cotangent)
-            products = [self._product(loss, state.params, mu) for loss in self.losses]
+            products = self._pulled(state, mu, back.statistics)
         elif len(self.losses) == 1 and self.product == "double-backward":
-            tape = self._tape(self.losses[0])
+            tape = self._tape(self.losses[0], state.statistics)
             back, mu = self.update.vjp(state, tape.detached(), cotangent)
-            products = [tape.product(mu)]
+            products = [tape.product(mu, back.statistics)]
         else:  # the whole gradient first, then one graph at a time
             back, mu = self.update.vjp(state, self.plain_gradient(), cotangent)
-            products = [self._product(loss, state.params, mu) for loss in self.losses]
+            products = self._pulled(state, mu, back.statistics)
         params = dict(back.params)
-        for hessian_product, _ in products:
+        for hessian_product, *_ in products:
             for name, value in hessian_product.items():
                 params[name] = params[name] + value
-        return State(params, back.slots), torch.cat([gamma for _, gamma in products])
+        by_weights = torch.cat([gamma for _, gamma, _ in products])
+        return State(params, back.slots, products[0][2]), by_weights
+
+    def _pulled(self, state: State, mu: Params, nu: Params) -> list[_Pulled]:
+        """What `_product` gives for every micro-batch; ν goes through them from the last one on."""
+        products: list[_Pulled] = []
+        for loss in reversed(self.losses):
+            products.append(self._product(loss, state, mu, nu))
+            nu = products[-1][2]
+        return products[::-1]
 
     def vjp_without_curvature(self, state: State, cotangent: State) -> tuple[State, Tensor]:
         """Pull λ_{t+1} back with the loss's Hessian left out, as TracIn does.
@@ -352,7 +393,8 @@ class StepMap:
             cotangent: λ_{t+1}.
 
         Returns:
-            λ_t (for SGD without weight decay: λ_{t+1}), and γ_t ``[N]``.
+            λ_t (for SGD without weight decay: λ_{t+1}), and γ_t ``[N]``. What running statistics
+            owe to θ is left out too.
         """
         if not self.losses:
             return self.update.vjp(state, {}, cotangent)[0], torch.zeros(0)
@@ -380,20 +422,24 @@ class StepMap:
         """A gradient of the right shapes, where its values do not matter."""
         return {name: state.params[name] for name in self.used}
 
-    def _tape(self, loss: MicroLoss) -> Tape:
-        return loss.tape if loss.tape is not None else Tape.of(loss, self.used)
+    def _tape(self, loss: MicroLoss, statistics: Params | None = None) -> Tape:
+        return loss.tape if loss.tape is not None else Tape.of(loss, self.used, statistics)
 
-    def _product(self, loss: MicroLoss, params: Params, mu: Params) -> tuple[Params, Tensor]:
-        """Hμ and γ of one micro-batch: the gradient of ⟨μ, ∇_θL(θ, w)⟩ in θ and w."""
+    def _product(self, loss: MicroLoss, state: State, mu: Params, nu: Params) -> _Pulled:
+        """Of one micro-batch, the gradient of ⟨μ, ∇_θL(θ, w)⟩ + ⟨ν, b'(θ, b)⟩ in θ, w and b."""
         if self.product == "double-backward":
-            return self._tape(loss).product(mu)
+            return self._tape(loss, state.statistics).product(mu, nu)
+        params = state.params
         direction = {n: mu.get(n, torch.zeros_like(p)) for n, p in params.items()}
 
-        def slope(p: Params, w: Tensor) -> Tensor:
-            return _jvp(lambda q: loss.functional(q, w), (p,), (direction,))[1]
+        def slope(p: Params, w: Tensor, b: Params) -> Tensor:
+            def value(q: Params) -> tuple[Tensor, Params]:
+                return loss.functional(q, w, b)
 
-        by_params, by_weights = grad(slope, argnums=(0, 1))(params, loss.ones())
-        return by_params, by_weights
+            (_, after), (tangent, _) = _jvp(value, (p,), (direction,))
+            return reduce(add, [(nu[name] * after[name]).sum().to(tangent) for name in nu], tangent)
+
+        return grad(slope, argnums=(0, 1, 2))(params, loss.ones(), state.statistics)
 
 
 def _jvp(function: Callable[..., Any], at: tuple[Any, ...], along: tuple[Any, ...]) -> Any:
@@ -403,13 +449,15 @@ def _jvp(function: Callable[..., Any], at: tuple[Any, ...], along: tuple[Any, ..
 
 def _slopes(loss: MicroLoss, params: Params, direction: Params) -> Tensor:
     """⟨∇_θ ∂L/∂w_i, direction⟩ for every sample of a micro-batch, by one forward-mode derivative."""
-    by_weights = grad(loss.functional, argnums=1)
+    by_weights = grad(lambda p, w: loss.functional(p, w, {})[0], argnums=1)
     return _jvp(lambda p: by_weights(p, loss.ones()), (params,), (direction,))[1]
 
 
-def _at(loss: MicroLoss, weights: Tensor, params: Params) -> Tensor:
-    """The loss as a function of the parameters alone."""
-    return loss.functional(params, weights)
+def _at(
+    loss: MicroLoss, weights: Tensor, params: Params, statistics: Params
+) -> tuple[Tensor, Params]:
+    """The loss as a function of the state alone."""
+    return loss.functional(params, weights, statistics)
 
 
 def _sum_up(parts: Sequence[Params]) -> Params:

@@ -16,8 +16,8 @@ from lightning_accie.replay.state import Params
 class Tapeable(Protocol):
     """What a tape is made of: a `MicroLoss` on bound parameters."""
 
-    def bound(self, weights: Tensor) -> tuple[Tensor, Params]:
-        """The loss and the parameters it depends on."""
+    def bound(self, weights: Tensor, statistics: Params) -> tuple[Tensor, Params, Params]:
+        """The loss, the parameters it depends on, and the running statistics after it."""
         ...
 
     def held(self) -> AbstractContextManager[None]:
@@ -59,6 +59,8 @@ class Tape:
         inputs: θ, by name.
         weights: ``[B]``, w.
         grads: ∇_θ L with its graph; parameters that the loss does not use have none.
+        statistics: the running statistics before the micro-batch, those that are followed.
+        followed: the same after it, with their graph.
         held: where the next backward pass belongs.
     """
 
@@ -66,28 +68,39 @@ class Tape:
     inputs: Params
     weights: Tensor
     grads: Params
+    statistics: Params
+    followed: Params
     held: Callable[[], AbstractContextManager[None]]
 
     @classmethod
-    def of(cls, loss: Tapeable, names: tuple[str, ...], *, create_graph: bool = True) -> Tape:
+    def of(
+        cls,
+        loss: Tapeable,
+        names: tuple[str, ...],
+        statistics: Params | None = None,
+        *,
+        create_graph: bool = True,
+    ) -> Tape:
         """Run a loss and take its gradient.
 
         Args:
             loss: the micro-batch.
             names: the parameters to differentiate for.
+            statistics: the running statistics before it; none where they do not matter.
             create_graph: whether the gradient is to be differentiated again.
 
         Returns:
             The tape.
         """
         weights = loss.ones().requires_grad_(create_graph)
+        before = {n: value.detach().requires_grad_() for n, value in (statistics or {}).items()}
         with loss.held(), torch.enable_grad():
-            value, parameters = loss.bound(weights)
+            value, parameters, followed = loss.bound(weights, before)
             inputs = [parameters[name] for name in names]
             grads = torch.autograd.grad(value, inputs, create_graph=create_graph, allow_unused=True)
         used = {name: g for name, g in zip(names, grads, strict=True) if g is not None}
         of = {name: parameters[name] for name in used}
-        return cls(value.detach(), of, weights, used, loss.held)
+        return cls(value.detach(), of, weights, used, before, followed, loss.held)
 
     def detached(self) -> Params:
         """The gradient alone.
@@ -97,21 +110,27 @@ class Tape:
         """
         return {name: value.detach() for name, value in self.grads.items()}
 
-    def product(self, mu: Params) -> tuple[Params, Tensor]:
-        """Differentiate ⟨μ, ∇_θ L(θ, w)⟩ once more; the graph is used up.
+    def product(self, mu: Params, nu: Params | None = None) -> tuple[Params, Tensor, Params]:
+        """Differentiate ⟨μ, ∇_θ L(θ, w)⟩ + ⟨ν, b'(θ, b)⟩ once more; the graph is used up.
 
         Args:
             mu: μ by parameter name.
+            nu: ν by name, for the running statistics b' after the micro-batch.
 
         Returns:
-            Hμ by parameter name, and γ ``[B]`` with γ_i = ⟨μ, ∂∇_θL/∂w_i⟩.
+            Hμ + (∂b'/∂θ)ᵀν by parameter name; γ ``[B]`` with γ_i = ⟨μ, ∂∇_θL/∂w_i⟩; and
+            (∂b'/∂b)ᵀν by name.
         """
-        curved = {name: g for name, g in self.grads.items() if g.requires_grad}
+        outputs = [(g, mu[name]) for name, g in self.grads.items() if g.requires_grad]
+        outputs += [(self.followed[name], value) for name, value in (nu or {}).items()]
+        values, along = zip(*outputs, strict=True)
         with self.held():
-            *by_params, by_weights = torch.autograd.grad(
-                list(curved.values()),
-                [*self.inputs.values(), self.weights],
-                [mu[name] for name in curved],
+            by_weights, *rest = torch.autograd.grad(
+                values,
+                [self.weights, *self.inputs.values(), *self.statistics.values()],
+                along,
                 materialize_grads=True,
             )
-        return dict(zip(self.inputs, by_params, strict=True)), by_weights
+        by_name = dict(zip([*self.inputs, *self.statistics], rest, strict=True))
+        before = {name: by_name.pop(name) for name in self.statistics}
+        return by_name, by_weights, before

@@ -55,6 +55,8 @@ class Update:
     def __call__(self, state: State, grads: Params) -> State:
         """Apply one update. A parameter without a gradient stays as it is, as in torch.
 
+        Running statistics are not the optimiser's: they pass through.
+
         Returns:
             The next state.
         """
@@ -71,7 +73,7 @@ class Update:
                     param, grads[name], old, self.counts[name], self.settings[name]
                 )
                 slots[name] = dict(sorted(new.items()))
-        return State(params, slots)
+        return State(params, slots, state.statistics)
 
     @property
     def linear(self) -> bool:
@@ -116,4 +118,4 @@ class Update:
                 continue
             before = state.slots.get(name, {})
             params[name], slots[name], grads[name] = vjp(value, after, before, self.settings[name])
-        return State(params, slots), grads
+        return State(params, slots, cotangent.statistics), grads

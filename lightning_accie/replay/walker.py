@@ -257,6 +257,7 @@ class Walker:
             ),
             snapshot,
         )
+        state = state._replace(statistics=self.program.statistics.of(ran.buffers))
         following = Snapshot(snapshot.step + 1, state, counts, ran.buffers, ran.random)
         return visit, self._check_state(following)
 
@@ -279,17 +280,18 @@ class Walker:
         self._restore_buffers(snapshot.buffers)
         random = dict(snapshot.random)
         left: Mapping[str, Tensor] | None = None
-        rank = 0
+        rank = turn = 0
         losses: list[RecordedLoss] = []
         grads: list[tuple[int, Params]] = []
         for micro in step.micro_batches:
             if micro.rank != rank:  # DDP gives every rank the buffers that rank 0 has
                 left = self._copy_buffers() if left is None else left
                 self._restore_buffers(snapshot.buffers)
-                rank = micro.rank
+                rank, turn = micro.rank, 0
             before = (micro.random or random.get(rank)) if micro.draws else None
             restorable = None if before is None else Restorable.of(before)
-            loss = RecordedLoss(self.program, micro, restorable)
+            loss = RecordedLoss(self.program, micro, restorable, turn)
+            turn += 1
             gradient = self._run_taped(step, loss) if keep_tape else self._run(step, loss)
             if micro.draws:
                 random[rank] = self.program.random_now(host="numpy" in (before or {}))
@@ -416,19 +418,24 @@ class Walker:
             )
         ordered = {name: params[name] for name in self.program.names}
         counts = {name: int(checkpoint.meta["counts"][name]) for name in self.program.names}
-        return Snapshot(step, State(ordered, slots), counts, buffers, {0: random} if random else {})
+        state = State(ordered, slots, self.program.statistics.of(buffers))
+        return Snapshot(step, state, counts, buffers, {0: random} if random else {})
 
     # ------------------------------------------------------------------ checks
 
     def _check_state(self, snapshot: Snapshot) -> Snapshot:
         """Compare with the checkpoint of this step, where there is one, and go on from it."""
         if snapshot.step in self._new_buffers:
-            snapshot = replace(snapshot, buffers=self._resumed_buffers(snapshot.step))
+            buffers = self._resumed_buffers(snapshot.step)
+            state = snapshot.state._replace(statistics=self.program.statistics.of(buffers))
+            snapshot = replace(snapshot, state=state, buffers=buffers)
         if snapshot.step not in self._checkpoints or snapshot.step in self.fidelity.seen:
             return snapshot
         recorded = self._load(snapshot.step)
         self.fidelity.check_state(snapshot.step, snapshot.state, recorded.state)
-        return snapshot if self.fidelity.bit_exact else replace(snapshot, state=recorded.state)
+        if self.fidelity.bit_exact:
+            return snapshot
+        return replace(snapshot, state=recorded.state, buffers=recorded.buffers)
 
     def _resumed_buffers(self, step: int) -> Mapping[str, Tensor]:
         """The buffers with which the run was resumed.

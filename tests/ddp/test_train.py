@@ -132,11 +132,11 @@ def test_influence_is_that_of_a_plain_loop_over_both_shares(opened: Opener, case
     train, valid = (data.tensors for data in datasets())
     ones, how = torch.ones(DATA, dtype=torch.float64), settings(case)
     net = retrain(fresh(case), train, ones, **how)
-    base = mean_loss(net, net, valid)
+    base = mean_loss(net, valid)
     expected = []
     for sample in range(DATA):
         without = retrain(fresh(case), train, ones * (torch.arange(DATA) != sample), **how)
-        expected.append(mean_loss(without, net, valid) - base)
+        expected.append(mean_loss(without, valid) - base)
     scores = opened(case).estimate(estimator=LeaveOneOut(), verify=0)
     assert scores.info["query_value"] == pytest.approx(base, rel=1e-12)
     found = scores.influence[torch.as_tensor(scores.index).argsort()]
@@ -157,7 +157,7 @@ def test_sgd_ie_is_the_slope_in_the_weight_shared_by_both_ranks(opened: Opener) 
             weights = torch.ones(DATA, dtype=torch.float64)
             weights[sample] += shift
             net = retrain(fresh("momentum"), train, weights, **how)
-            ends.append(mean_loss(net, net, valid))
+            ends.append(mean_loss(net, valid))
         assert by_index[sample] == pytest.approx(-(ends[0] - ends[1]) / 2e-5, rel=1e-5)
 
 

@@ -51,7 +51,8 @@ class Task(Classifier):
 def retrained(start: Task, engine: InfluenceEngine, data: TensorDataset, weights: Tensor) -> Task:
     """Plain torch training on the weighted sum of the samples' own terms.
 
-    Noise is as recorded, and so are buffers, at every step: a counterfactual run keeps them.
+    Noise is as recorded, and so are buffers, at every step: a counterfactual run keeps them, but for
+    running statistics.
     """
     task = copy.deepcopy(start).train()
     buffers: list[Any] = []
@@ -61,7 +62,7 @@ def retrained(start: Task, engine: InfluenceEngine, data: TensorDataset, weights
     recorded = zip(recorded_batches(engine.trajectory), engine.module.states, strict=True)
     for step, ((index,), state) in enumerate(recorded):
         with torch.no_grad():
-            for name, buffer in task.named_buffers():
+            for name, buffer in kept_buffers(task):
                 buffer.copy_(buffers[step][name])
         torch.set_rng_state(state)
         optimizer.zero_grad()
@@ -69,6 +70,11 @@ def retrained(start: Task, engine: InfluenceEngine, data: TensorDataset, weights
         ((terms * weights[index]).sum() + task.rest()).backward()
         optimizer.step()
     return task
+
+
+def kept_buffers(task: Task) -> list[tuple[str, torch.Tensor]]:
+    """The buffers that a counterfactual run keeps as recorded."""
+    return [(n, buffer) for n, buffer in task.named_buffers() if "running_" not in n]
 
 
 def drops_its_own_term_alone(
@@ -97,7 +103,7 @@ def drops_its_own_term_alone(
         if without is not None:
             weights[without] -= by
         trained = retrained(start, engine, data, weights)
-        for name, buffer in trained.named_buffers():  # the recorded statistics stay
+        for name, buffer in kept_buffers(trained):
             buffer.copy_(replay.final.buffers[name])
         with torch.no_grad():
             return trained.eval().query(*validation.tensors).item()
