@@ -153,7 +153,12 @@ class WeightWatch:
 
     def _changed(self, values: list[Tensor]) -> list[str]:
         pairs = zip(self._names, values, self._values, strict=True)
-        return [name for name, now, then in pairs if not torch.equal(now, then)]
+        return [name for name, now, then in pairs if not _same(now, then)]
+
+
+def _same(now: Tensor, then: Tensor) -> bool:
+    """Equality in which NaN is itself: a run may diverge."""
+    return bool(((now == then) | (now.isnan() & then.isnan())).all())
 
 
 def _listed(names: list[str]) -> str:

@@ -40,6 +40,7 @@ class Mutation:
 
 
 EXACT = "tests/estimators/test_exactness.py"
+STATISTICS = "tests/estimators/test_running_statistics.py"
 FIDELITY = "tests/estimators/test_fidelity.py"
 BITS = "tests/replay/test_bit_exact.py"
 FORMS = "tests/replay/test_loss_forms.py"
@@ -379,10 +380,31 @@ MUTATIONS = [
         EXACT,
     ),
     Mutation(
+        "running statistics: the layer's momentum is not used",
+        "replay/statistics.py",
+        "if momentum is None else momentum",
+        "if momentum is None else 0.1",
+        STATISTICS,
+    ),
+    Mutation(
+        "running statistics: a cumulative average forgets the micro-batches before it",
+        "replay/statistics.py",
+        "+ turn + 1)",
+        "+ 1)",
+        STATISTICS,
+    ),
+    Mutation(
+        "running statistics: backwards, the first micro-batch is pulled through first",
+        "replay/step.py",
+        "for loss in reversed(self.losses):",
+        "for loss in self.losses:",
+        STATISTICS,
+    ),
+    Mutation(
         "ACC-SGD-IE: the query is not evaluated at the moved weights",
         "estimators/acc_sgd_ie.py",
-        "moved = {name: params[name] + value",
-        "moved = {name: params[name] - value",
+        "moved = {name: at[name] + value",
+        "moved = {name: at[name] - value",
         EXACT,
     ),
     Mutation(
