@@ -13,10 +13,11 @@ from lightning_accie.capture.batches import SampleIdOf
 from lightning_accie.capture.recording import Recording, RecordingSettings
 from lightning_accie.capture.support import check_module
 from lightning_accie.data import fitted_validation
-from lightning_accie.engine import Describe, InfluenceEngine
-from lightning_accie.errors import InfluenceError
+from lightning_accie.described import Describe
+from lightning_accie.engine import InfluenceEngine
+from lightning_accie.errors import DescribeError, InfluenceError
 from lightning_accie.estimators import Estimator, SgdIE, resolve_estimator
-from lightning_accie.progress import progress_like
+from lightning_accie.progress import close_bar, progress_like
 from lightning_accie.query import QueryFunction
 from lightning_accie.replay.module import SampleLosses
 from lightning_accie.reports import report_all
@@ -311,6 +312,7 @@ class InfluenceCallback(CallbackBase):
     def _analyse(
         self, trainer: Any, pl_module: Any, directory: Path, train: Any, loaders: Any, limits: Any
     ) -> InfluenceScores:
+        close_bar(trainer)
         engine = InfluenceEngine(
             directory / "trajectory",
             pl_module,
@@ -325,17 +327,13 @@ class InfluenceCallback(CallbackBase):
             datamodule=trainer.datamodule,
             val_limits=limits,
         )
-        scores = engine.estimate(
-            self.monitor,
-            self.estimator,
-            query_dataloader=self.query_dataloader,
-            at="last" if trainer.fast_dev_run else self.at,
-            verify=self.verify,
-            top_k=self.top_k,
-            seed=self.seed,
-            describe=self.describe,
-            loss_column=self.loss_column,
-        )
+        try:
+            scores = self._estimated(engine, trainer, self.describe)
+        except DescribeError as error:  # hours of training must not end with it
+            rank_zero_warn(
+                f"InfluenceCallback ranks the samples without the columns of `describe=`. {error}"
+            )
+            scores = self._estimated(engine, trainer, None)
         if scores.info["interrupted"]:
             rank_zero_warn(
                 "The influence analysis was interrupted: the ranking stands as far as it had come, "
@@ -352,6 +350,21 @@ class InfluenceCallback(CallbackBase):
             console=self.console,
         )
         return scores
+
+    def _estimated(
+        self, engine: InfluenceEngine, trainer: Any, describe: Describe | None
+    ) -> InfluenceScores:
+        return engine.estimate(
+            self.monitor,
+            self.estimator,
+            query_dataloader=self.query_dataloader,
+            at="last" if trainer.fast_dev_run else self.at,
+            verify=self.verify,
+            top_k=self.top_k,
+            seed=self.seed,
+            describe=describe,
+            loss_column=self.loss_column,
+        )
 
     def _save(self, scores: InfluenceScores, directory: Path) -> None:
         try:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_debug, rank_zero_info
 from torch import Tensor
 
 from lightning_accie.arguments import check_engine_arguments
 from lightning_accie.capture.snapshot import same_names
 from lightning_accie.data import set_up, training_loaders, validation_loaders
+from lightning_accie.described import Describe, described
 from lightning_accie.errors import QueryError, TrajectoryError
 from lightning_accie.estimators import Estimator, resolve_estimator
 from lightning_accie.estimators.base import NoProgress, Progress, Replay
@@ -34,7 +35,6 @@ from lightning_accie.scores import InfluenceScores
 from lightning_accie.trajectory.reader import Trajectory
 from lightning_accie.trajectory.sizes import parse_bytes
 
-Describe = Callable[[Any], Mapping[str, Any]]
 At = int | str
 """Where a run ends for a ranking: ``"last"``, ``"best"``, or a number of steps."""
 
@@ -43,7 +43,7 @@ class InfluenceEngine:
     """Analyses a recorded run: at the end of `fit`, later, on another machine, or with another query.
 
     Args:
-        trajectory: the trajectory's directory, or an open `Trajectory`.
+        trajectory: the trajectory's directory, the callback's with it, or an open `Trajectory`.
         module: the LightningModule that was trained, with any weights: the recorded ones are used.
             It is copied, not changed.
         data: the training data: a LightningDataModule, a DataLoader, a CombinedLoader, or a
@@ -337,6 +337,7 @@ class InfluenceEngine:
             The scores of every sample that the estimator covered.
 
         Raises:
+            DescribeError: if ``describe`` fails, before any work is done.
             QueryError: if the query is not found or cannot be differentiated.
             ReplayMismatchError: if the replay departs from the recorded run.
             ValueError: if an argument has a wrong type or value.
@@ -361,7 +362,8 @@ class InfluenceEngine:
                     f"ranked by it: {self._why_not_finite(replay)}"
                 )
             ladder = choose_ways(replay)
-            rank_zero_info(f"Influence analysis: {ladder.sentence()}")
+            tell = rank_zero_info if ladder.reasons else rank_zero_debug
+            tell(f"Influence analysis: {ladder.sentence()}")
             if chosen is not None:
                 check_derivatives(chosen.probe, next(replay.walker.forwards()))
             # First of all: an error in the user's function comes at once, and none loses a ranking.
@@ -436,9 +438,7 @@ class InfluenceEngine:
             columns["loss"] = training_losses(replay).tolist()
         if describe is None:
             return columns
-        rows = [dict(describe(self._program.batches.sample(n))) for n in replay.samples.tolist()]
-        names = {name: None for row in rows for name in row}
-        return columns | {name: [row.get(name) for row in rows] for name in names}
+        return columns | described(describe, replay.samples.tolist(), self.sample)
 
     def _scores(
         self,

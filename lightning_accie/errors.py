@@ -23,6 +23,10 @@ class QueryError(InfluenceError):
     """The query (``monitor=``) cannot be found, or cannot be differentiated."""
 
 
+class DescribeError(InfluenceError, ValueError):
+    """The user's ``describe=`` failed, or returned what makes no columns."""
+
+
 def first_line(error: BaseException) -> str:
     """Shorten an error of torch's to what it says first.
 

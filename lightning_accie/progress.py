@@ -79,5 +79,22 @@ def progress_like(trainer: Any) -> Progress:
     bar = trainer.progress_bar_callback
     if bar is None or not trainer.is_global_zero or not getattr(bar, "is_enabled", True):
         return NoProgress()
-    names = {base.__name__ for base in type(bar).__mro__}
-    return RichProgress() if "RichProgressBar" in names else TqdmProgress()
+    return RichProgress() if _is_rich(bar) else TqdmProgress()
+
+
+def close_bar(trainer: Any) -> None:
+    """Let the Trainer's bar stand where training left it.
+
+    Rich's is live until the Trainer's own teardown, and would be drawn over what is printed here. It
+    opens anew for the next stage.
+
+    Args:
+        trainer: the Trainer, after training.
+    """
+    bar = trainer.progress_bar_callback
+    if bar is not None and _is_rich(bar):
+        bar._stop_progress()
+
+
+def _is_rich(bar: Any) -> bool:
+    return any(base.__name__ == "RichProgressBar" for base in type(bar).__mro__)

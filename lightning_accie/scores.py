@@ -119,7 +119,7 @@ class InfluenceScores:
         replayed = ~self.exact.isnan()
         if not torch.equal(self.influence[replayed], self.exact[replayed]):
             raise ValueError("`influence` must be the exact figure where `exact` has one.")
-        columns = {name: _column(name, self.columns[name], count) for name in self.columns}
+        columns = {name: checked_column(name, self.columns[name], count) for name in self.columns}
         object.__setattr__(self, "columns", columns)
 
     def _check_others(self) -> None:
@@ -398,7 +398,21 @@ def _count(k: int) -> int:
     return k
 
 
-def _column(name: Any, values: Any, count: int) -> list[Any]:
+def checked_column(name: Any, values: Any, count: int) -> list[Any]:
+    """Check a column of the user's.
+
+    Args:
+        name: its name.
+        values: its values.
+        count: how many samples there are.
+
+    Returns:
+        ``[n]`` plain values.
+
+    Raises:
+        TypeError: if one is not a single value.
+        ValueError: if the name is taken or the length is another.
+    """
     if not isinstance(name, str) or name in _TABLE:
         raise ValueError(
             f"A column cannot be called {name!r}: names are texts, other than {', '.join(_TABLE)}."

@@ -452,8 +452,29 @@ def test_an_error_in_describe_comes_before_the_work(
         raise AssertionError("the work has begun")
 
     monkeypatch.setattr(SgdIE, "estimate", never)
-    with pytest.raises(LookupError, match="no such label"):
+    with pytest.raises(
+        ValueError, match="`describe` failed on sample 0: LookupError: no such label"
+    ):
         engine.estimate(describe=fails)
+    with pytest.raises(ValueError, match=r"must return a dict .* returned a int for sample 0"):
+        engine.estimate(describe=lambda sample: 3)  # type: ignore[arg-type, return-value]
+    with pytest.raises(ValueError, match=r"column that cannot be kept.*called 'influence'"):
+        engine.estimate(describe=lambda sample: {"influence": 1})
+
+
+def test_an_error_in_describe_does_not_end_fit(tmp_path: Path) -> None:
+    with pytest.warns(
+        UserWarning, match=r"without the columns of `describe=`.*failed on sample 0: KeyError"
+    ):
+        influence = fit(
+            tmp_path,
+            Classifier(smooth_net(), sgd()),
+            DataLoader(classification(24), 6),
+            DataLoader(classification(11, seed=3), 7),
+            callback={"run": "fit_end", "verify": 2, "top_k": 1, "describe": lambda sample: {}[1]},
+        )
+    assert influence.scores is not None
+    assert influence.scores.columns == {}
 
 
 def test_the_analysis_leaves_module_and_generators_alone(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ ORDER = (
     ("estimators",),
     ("ranking", "scores_files"),
     ("scores",),
-    ("progress", "reports"),
+    ("progress", "reports", "described"),
     ("capture", "arguments"),
     ("engine",),
     ("callback",),

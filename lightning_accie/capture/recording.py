@@ -357,7 +357,7 @@ class Recording:
         if self._writer is not None and steps and not refused:
             rank_zero_info(
                 f"InfluenceCallback kept the {steps} steps that ran in "
-                f"{self.directory}; analyse them with InfluenceEngine."
+                f"{self._writer.directory}; analyse them with InfluenceEngine."
             )
         self._writer = None
 

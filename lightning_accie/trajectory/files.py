@@ -17,6 +17,8 @@ from pathlib import Path
 from lightning_accie.errors import TrajectoryError
 
 MANIFEST = "manifest.json"
+FOLDER = "trajectory"
+"""Where the callback's directory has the trajectory."""
 CHECKPOINTS = "checkpoints"
 CHUNK_NAME = re.compile(r"steps-([0-9]{6,})\.safetensors")
 BATCHES_NAME = re.compile(r"batches-([0-9]{6,})\.safetensors")

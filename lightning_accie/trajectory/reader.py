@@ -10,7 +10,7 @@ import numpy as np
 
 from lightning_accie.errors import TrajectoryError
 from lightning_accie.trajectory.batches import Batches
-from lightning_accie.trajectory.files import DAMAGED, read
+from lightning_accie.trajectory.files import DAMAGED, FOLDER, MANIFEST, read
 from lightning_accie.trajectory.manifest import StoredCheckpoint, read_manifest
 from lightning_accie.trajectory.ranks import ending, merged_step, open_logs
 from lightning_accie.trajectory.records import Checkpoint, Step
@@ -31,10 +31,11 @@ class Trajectory:
     processes, where the shortest of their logs ends.
 
     Args:
-        directory: what a `TrajectoryWriter` wrote.
+        directory: what a `TrajectoryWriter` wrote, or the callback's directory, which has it in its
+            folder ``trajectory``.
 
     Attributes:
-        directory: the same, as an absolute path.
+        directory: the trajectory's own, as an absolute path.
         header: what the writer's caller gave along, as JSON keeps it.
         status: ``"running"``, ``"finished"``, ``"interrupted"``, ``"failed"`` or ``"stopped"``.
             A writer that was killed leaves ``"running"``.
@@ -51,6 +52,11 @@ class Trajectory:
 
     def __init__(self, directory: Path | str) -> None:
         self.directory = Path(directory).absolute()
+        if (
+            not (self.directory / MANIFEST).exists()
+            and (self.directory / FOLDER / MANIFEST).exists()
+        ):
+            self.directory /= FOLDER
         manifest = read_manifest(self.directory)
         self.header = manifest.header
         self.writer = manifest.writer
@@ -69,7 +75,7 @@ class Trajectory:
         """Open a trajectory.
 
         Args:
-            directory: what a `TrajectoryWriter` wrote.
+            directory: see `Trajectory`.
 
         Returns:
             The trajectory.

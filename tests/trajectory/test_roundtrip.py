@@ -277,3 +277,14 @@ def test_a_header_that_is_not_json_is_refused_at_once(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="JSON"):
         TrajectoryWriter(tmp_path / "run", {"a": object()}, disk_budget=1)
     assert not (tmp_path / "run").exists()
+
+
+def test_the_directory_around_it_will_do(tmp_path: Path, rich_step: Any) -> None:
+    writer = TrajectoryWriter(tmp_path / "run" / "trajectory", {}, disk_budget=1)
+    writer.append(rich_step(0))
+    writer.close()
+    trajectory = Trajectory.open(tmp_path / "run")
+    assert trajectory.directory == tmp_path / "run" / "trajectory"
+    assert len(trajectory) == 1
+    with pytest.raises(TrajectoryError):
+        Trajectory.open(tmp_path)
