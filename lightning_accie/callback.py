@@ -9,6 +9,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_accie._compat import CallbackBase
 from lightning_accie.arguments import check_arguments
+from lightning_accie.capture import hooks
 from lightning_accie.capture.batches import SampleIdOf
 from lightning_accie.capture.recording import Recording, RecordingSettings
 from lightning_accie.capture.support import check_module
@@ -179,9 +180,11 @@ class InfluenceCallback(CallbackBase):
             return
         if self._recording is not None:
             self._recording.detach()
+        hooks.unskip(self)
         self.scores = None
         self._recording = Recording(self._recording_settings(), trainer, pl_module)
-        self._recording.attach(enabled=lambda: self in trainer.callbacks)
+        self._recording.attach(owner=self)
+        hooks.skip(self, InfluenceCallback, hooks.UNUSED)
 
     def _recording_settings(self) -> RecordingSettings:
         return RecordingSettings(
@@ -223,24 +226,12 @@ class InfluenceCallback(CallbackBase):
         if self._recording is not None:
             self._recording.start()
 
-    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        """From here until it has stepped, the weights may be those of no step."""
-        if self._recording is not None:
-            self._recording.before_step()
-
-    def on_train_batch_start(
-        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Note which samples the batch holds."""
-        if self._recording is not None:
-            self._recording.batch_started(batch_idx)
-
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """After the first optimiser step: replay it, and refuse what does not come out the same."""
-        if self._recording is not None:
-            self._recording.batch_ended()
+        if self._recording is not None and self._recording.batch_ended():
+            hooks.skip(self, InfluenceCallback, ("on_train_batch_end",))
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Every sample of an epoch was summed up once."""
@@ -254,11 +245,13 @@ class InfluenceCallback(CallbackBase):
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Close the trajectory with what ran; it can be analysed with `InfluenceEngine`."""
+        hooks.unskip(self)
         if self._recording is not None:
             self._recording.abort(exception)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Leave strategy, loaders and optimiser as they were found."""
+        hooks.unskip(self)
         if self._recording is not None:
             self._recording.detach()
             self._recording.clean_up()

@@ -58,6 +58,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         patch.setattr(os, "fsync", lambda descriptor: None)
         writer = partial(TrajectoryWriter, flush_steps=5)
         patch.setattr("lightning_accie.capture.opening.TrajectoryWriter", writer)
+        patch.setattr("lightning_accie.capture.recorder._MOST_WAITING", 1)
         for seed in (5, 6):
             root = tmp_path_factory.mktemp("run")
             influence = InfluenceCallback(dirpath=root, console=False, verify=4, top_k=2)

@@ -1,14 +1,17 @@
 """Which calls of ``training_step`` draw random numbers, and which generator states must be kept.
 
-Reading a generator's state costs as much as all the rest of recording a small step. So a run that
-draws nothing is read once a step: the state before a call, compared with the state before the next.
-Where they differ it may have been the call, or a sampler between the calls; the state is kept to be
-safe, and the next calls are watched closely, before and after, until they draw nothing again.
+Reading a generator's state costs as much as a third of all the rest of recording a small step, and
+comparing two as much again. So a run that draws nothing is read once a step, the state before a call,
+and the states of several calls are compared at once. Where the states before two calls differ it may
+have been the first call, or a sampler between the two; its state is kept to be safe, and the next calls
+are watched closely, before and after, until they draw nothing again.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -18,6 +21,8 @@ from lightning_accie.trajectory.records import RandomState
 
 _CLOSELY = 4
 """Calls to watch closely after one that may have drawn."""
+_AT_ONCE = 8
+"""Calls to judge at once, while none draws."""
 _HOST = ("numpy", "python")
 
 
@@ -51,51 +56,38 @@ class DrawWatch:
         self._cuda = cuda
         self._reads = 0
         self._host_draws = False
-        self._closely = _CLOSELY
-        self._before: dict[str, Tensor] | None = None
-        self._quiet: bytes | None = None  # torch's state, while nothing draws and a call is open
+        self.closely = _CLOSELY
+        """How many calls are yet to be watched closely, and judged as they end."""
+        self._before: list[dict[str, Tensor]] = []  # the states before the calls not yet judged
         self.left_behind: RandomState | None = None
         """The states that the last drawing call left, where they were read right after it."""
 
-    def begin(self) -> Verdict | None:
+    def begin(self) -> Sequence[Verdict]:
         """A call begins.
 
         Returns:
-            The verdict on the call before, if it was still open.
+            The verdicts on all calls before that were not judged yet, if it is time for them.
         """
-        # The way of a run that draws nothing. It runs between two steps of a model, with cold
-        # caches, where every line of Python costs several times what it costs in a loop.
-        if (
-            self._quiet is not None
-            and torch.default_generator.get_state().numpy().tobytes() == self._quiet
-        ):
-            return _DREW_NOTHING
-        now = self._read()
-        verdict = self._judge(now, right_after=False)
-        self._before = now
-        watched = self._closely or self._reads_host or self._cuda is not None
-        if verdict is _DREW_NOTHING and not watched:
-            self._quiet = now["torch"].numpy().tobytes()
-        return verdict
+        if self.closely or self._cuda is not None or self._reads_host:
+            now = self._read()
+        else:  # this line is run at every step of most runs
+            now = {"torch": torch.default_generator.get_state()}
+        verdicts: Sequence[Verdict] = ()
+        if self.closely or len(self._before) >= _AT_ONCE:
+            verdicts = self._judge(now, right_after=False)
+        self._before.append(now)
+        return verdicts
 
-    def end(self) -> Verdict | None:
-        """The call has ended.
-
-        Returns:
-            The verdict on it, if it was watched closely; else it stays open.
-        """
-        return self.settle(right_after=True) if self._closely else None
-
-    def settle(self, *, right_after: bool) -> Verdict | None:
-        """Judge the call that is still open.
+    def settle(self, *, right_after: bool) -> Sequence[Verdict]:
+        """Judge all calls that were not judged yet; to be asked after each call while ``closely``.
 
         Args:
-            right_after: whether nothing else can have drawn since it ended.
+            right_after: whether nothing else can have drawn since the last one ended.
 
         Returns:
-            The verdict; None if none is open.
+            The verdicts.
         """
-        return None if self._before is None else self._judge(self._read(), right_after=right_after)
+        return self._judge(self._read(), right_after=right_after) if self._before else ()
 
     def forget(self) -> None:
         """The last drawing call leaves the record: the next one must bring its state along."""
@@ -110,20 +102,28 @@ class DrawWatch:
     def _reads_host(self) -> bool:
         return self._host_draws or self._reads < 2 * _CLOSELY  # the first calls: two reads each
 
-    def _judge(self, now: dict[str, Tensor], *, right_after: bool) -> Verdict | None:
-        before, self._before, self._quiet = self._before, None, None
-        if before is None:
-            return None
-        if random_state.equal(before, now):
-            self._closely = max(0, self._closely - 1)
+    def _judge(self, now: dict[str, Tensor], *, right_after: bool) -> list[Verdict]:
+        states = [*self._before, now]
+        self._before = []
+        last = len(states) - 2
+        return [
+            self._verdict(before, after, right_after=right_after and at == last)
+            for at, (before, after) in enumerate(pairwise(states))
+        ]
+
+    def _verdict(
+        self, before: dict[str, Tensor], after: dict[str, Tensor], *, right_after: bool
+    ) -> Verdict:
+        if random_state.equal(before, after):
+            self.closely = max(0, self.closely - 1)
             return _DREW_NOTHING
         if not self._host_draws:
-            pairs = [(before[name], now[name]) for name in _HOST if name in before]
+            pairs = [(before[name], after[name]) for name in _HOST if name in before]
             self._host_draws = not all(torch.equal(a, b) for a, b in pairs)
         if not self._host_draws:
-            before, now = _without_host(before), _without_host(now)
-        self._closely = _CLOSELY
-        left, self.left_behind = self.left_behind, now if right_after else None
+            before, after = _without_host(before), _without_host(after)
+        self.closely = _CLOSELY
+        left, self.left_behind = self.left_behind, after if right_after else None
         known = left is not None and random_state.equal(left, before)
         return Verdict(draws=True, random=None if known else before)
 

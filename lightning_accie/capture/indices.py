@@ -26,6 +26,7 @@ import weakref
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from types import GeneratorType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -39,11 +40,28 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
 
+Drawn = tuple[tuple[int, "array[int]"], ...]
+"""A batch's samples while training runs: (the loader's position, the indices) of each loader."""
+
+
+def pieces_of(drawn: Drawn) -> tuple[Piece, ...]:
+    """Make records of a batch's samples.
+
+    Args:
+        drawn: what `IndexRecorder.claim` gave.
+
+    Returns:
+        One piece for each loader that contributed. A sample that was drawn without collation
+        (``batch_size=None``) has ``indices`` of shape ``[1]``.
+    """
+    return tuple(Piece(source, np.array(indices, dtype=np.int64)) for source, indices in drawn)
+
+
 class IndexRecorder:
     """Pairs each training batch that Lightning delivers with the dataset indices that made it.
 
     Call ``attach`` in the callback's ``setup("fit")``, ``on_train_start`` in the hook of that name,
-    ``claim`` in ``on_train_batch_start``, ``detach`` in ``teardown`` and ``on_exception``. Batches
+    ``claim`` as ``training_step`` is called, ``detach`` in ``teardown`` and ``on_exception``. Batches
     that nobody claims do no harm (a tuner's, which swaps ``trainer.callbacks`` out), and one
     trainer may have several recorders.
     """
@@ -51,10 +69,8 @@ class IndexRecorder:
     def __init__(self) -> None:
         self._tap: _LoaderTap | None = None
         self._sources: list[DataLoader] = []
-        self.takes_prints = True
-        """Whether checksums are taken of the batches that are delivered."""
-        self.prints: np.ndarray | None = None
-        """Those of the batch that was claimed last."""
+        self.prints_left = 0
+        """How many samples' checksums may yet be taken, of the batches that are delivered."""
 
     @property
     def sources(self) -> list[DataLoader]:
@@ -93,15 +109,15 @@ class IndexRecorder:
                 "`Trainer(callbacks=[...])`, or read it in `configure_optimizers`."
             )
 
-    def claim(self, trainer: Trainer) -> tuple[Piece, ...]:
+    def claim(self, trainer: Trainer) -> tuple[Drawn, np.ndarray | None]:
         """Give the samples of the batch that was just delivered.
 
         Returns:
-            One piece for each training loader that contributed, in the flattened order; a loader
-            whose entry is ``None`` (``max_size``, exhausted) has none. A sample that was drawn
-            without collation (``batch_size=None``) has ``indices`` of shape ``[1]``.
+            What each training loader that contributed drew, in the flattened order, for `pieces_of`;
+            a loader whose entry is ``None`` (``max_size``, exhausted) stands not in it. And checksums
+            of the samples, where they are taken.
         """
-        delivered = self._watching().delivered
+        delivered = (self._tap or self._watching()).delivered
         # Nobody claims a `None` batch (it comes without a hook), one that was held back when its
         # epoch ended, or a tuner's. So the batch at hand is found from the end. Where a loader has
         # no length Lightning fetches one batch ahead, to know which one is the last.
@@ -109,8 +125,10 @@ class IndexRecorder:
         held_back = len(fetcher.batches)
         while len(delivered) > held_back + 1:
             delivered.popleft()
-        pieces, self.prints = delivered[0]
-        return pieces
+        samples, prints = delivered[0]
+        if prints is not None:
+            self.prints_left -= len(prints)
+        return samples, prints
 
     def detach(self) -> None:
         """Undo every patch: the strategy and all loaders are as they were. Callable twice."""
@@ -179,31 +197,30 @@ def _check_training_step(trainer: Trainer) -> None:
         )
 
 
-def _as_indices(drawn: Any) -> np.ndarray:
+def _as_indices(drawn: Any) -> array[int]:
     """Copy what a sampler drew.
 
     Args:
         drawn: an integer, or a collection of integers.
 
     Returns:
-        ``[b]`` int64, b = 1 for a single integer.
+        b integers; one for a single integer.
 
     Raises:
         UnsupportedError: something else than indices counted from 0 was drawn.
     """
     # A one-shot iterator has no length: it is the dataset fetcher's to consume, and refused.
-    single = not hasattr(drawn, "__len__") or getattr(drawn, "ndim", 1) == 0
+    single = type(drawn) is not list and (
+        not hasattr(drawn, "__len__") or getattr(drawn, "ndim", 1) == 0
+    )
     try:
-        indices = array("q", (drawn,) if single else drawn)
-    except TypeError:
-        indices = array("q", (-1,))
-    if indices and min(indices) < 0:  # for one batch, quicker than numpy's
+        return array("Q", (drawn,) if single else drawn)
+    except (TypeError, OverflowError) as error:
         raise UnsupportedError(
             f"A training dataloader's sampler drew {reprlib.repr(drawn)}, but influence needs a "
             "dataset with integer indices, counted from 0. Let the sampler draw those, and look "
             "any keys up in the dataset's `__getitem__`."
-        )
-    return np.array(indices, dtype=np.int64)
+        ) from error
 
 
 class _StandIn:
@@ -229,45 +246,51 @@ class _DrawnIndices(_StandIn):
     Each DataLoader iterator has one of its own.
     """
 
-    drawn: deque[np.ndarray | str] | None = None
+    drawn: deque[array[int] | str] | None = None
 
     def __iter__(self) -> Iterator[Any]:
         self.drawn = deque()
-        return _Pass(iter(self._inner), self.drawn)
+        inner = iter(self._inner)
+        noting = _noting(inner, self.drawn)
+        return noting if isinstance(inner, GeneratorType) else _Pass(inner, noting)
 
     def __len__(self) -> int:
         return len(self._inner)
 
 
-class _Pass(_StandIn):
-    """One pass over an index sampler."""
+def _noting(inner: Iterator[Any], drawn: deque[array[int] | str]) -> Iterator[Any]:
+    for indices in inner:
+        try:
+            drawn.append(_as_indices(indices))
+        except UnsupportedError as error:
+            # Raised on delivery: where an error comes while the iterators are made, Lightning's
+            # teardown hides it behind one of its own.
+            drawn.append(str(error))
+        yield indices
 
-    def __init__(self, inner: Iterator[Any], drawn: deque[np.ndarray | str]) -> None:
+
+class _Pass(_StandIn):
+    """One pass over an index sampler whose iterator may have a state to be asked for."""
+
+    def __init__(self, inner: Iterator[Any], noting: Iterator[Any]) -> None:
         super().__init__(inner)
-        self._drawn = drawn
+        self._noting = noting
 
     def __iter__(self) -> Iterator[Any]:
         return self
 
     def __next__(self) -> Any:
-        drawn = next(self._inner)
-        try:
-            self._drawn.append(_as_indices(drawn))
-        except UnsupportedError as error:
-            # Raised on delivery: where an error comes while the iterators are made, Lightning's
-            # teardown hides it behind one of its own.
-            self._drawn.append(str(error))
-        return drawn
+        return next(self._noting)
 
 
-def _pop_delivered(iterator: Any) -> np.ndarray | None:
+def _pop_delivered(iterator: Any) -> array[int] | None:
     """Take the indices of the batch that a DataLoader iterator delivered last.
 
     What it delivered before that, to a user or while a stateful loader was wound forward, is
     dropped.
 
     Returns:
-        ``[b]`` int64, or None where nothing was delivered since this was asked last.
+        The indices, or None where nothing was delivered since this was asked last.
 
     Raises:
         UnsupportedError: no indices were drawn, or the iterator is not torch's own.
@@ -316,7 +339,7 @@ def _recording_loader(own: Any, tap: _LoaderTap) -> type:
 def _recording_combined(own: Any, tap: _LoaderTap) -> type:
     class RecordingCombined(own):
         def __next__(self) -> Any:
-            item = super().__next__()
+            item = own.__next__(self)
             tap.record(self._iterator.iterators, item[0])
             return item
 
@@ -328,7 +351,7 @@ class _LoaderTap:
 
     def __init__(self, trainer: Trainer) -> None:
         self.users: set[IndexRecorder] = set()
-        self.delivered: deque[tuple[tuple[Piece, ...], np.ndarray | None]] = deque()
+        self.delivered: deque[tuple[Drawn, np.ndarray | None]] = deque()
         self._trainer = trainer
         self._patched: list[weakref.ref[Any]] = []
         self._in_setup = False
@@ -373,15 +396,17 @@ class _LoaderTap:
 
     def record(self, iterators: Sequence[Any], batch: Any) -> None:
         """Note what the batch now leaving the combined loader was made of."""
-        pieces = []
+        samples = []
         for source, iterator in enumerate(iterators):
             indices = _pop_delivered(iterator)
             if indices is not None:
-                pieces.append(Piece(source, indices))
+                samples.append((source, indices))
         prints = None
-        if any(user.takes_prints for user in self.users):
-            prints = fingerprint(batch, len(pieces[0].indices) if len(pieces) == 1 else None)
-        self.delivered.append((tuple(pieces), prints))
+        for user in self.users:
+            if user.prints_left > 0:
+                prints = fingerprint(batch, len(samples[0][1]) if len(samples) == 1 else None)
+                break
+        self.delivered.append((tuple(samples), prints))
 
     def release(self, user: IndexRecorder) -> None:
         """Take a recorder off, and every patch with the last one."""

@@ -13,7 +13,8 @@ class Patch:
     Args:
         owner: the object.
         name: the method's name.
-        make: given the method as it is now, gives what to call instead.
+        make: given the method as it is now, gives what to call instead. It stays in place after `undo`
+            where another patch lies on top: it must only pass calls on then (``active`` is False).
     """
 
     def __init__(
@@ -23,13 +24,8 @@ class Patch:
         self._before = vars(owner).get(name)
         self.active = True
         original = getattr(owner, name)
-        replacement = make(original)
-
-        @wraps(original)
-        def method(*args: Any, **kwargs: Any) -> Any:
-            return (replacement if self.active else original)(*args, **kwargs)
-
-        method._patch = self  # type: ignore[attr-defined]
+        method: Any = wraps(original)(make(original))
+        method._patch = self
         setattr(owner, name, method)
 
     def undo(self) -> None:

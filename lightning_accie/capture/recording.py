@@ -89,7 +89,7 @@ class Recording:
         self.combined: Any = None
         self.processes = Processes()
         self._data = DataCapture(settings.capture, settings.sample_id)
-        self._enabled: Callable[[], bool] = lambda: True
+        self._owner: object = None
         self._recorder: Recorder | None = None
         self._writer: TrajectoryWriter | None = None
         self._first: FirstStepWatch | None = None
@@ -101,16 +101,16 @@ class Recording:
 
     # ------------------------------------------------------------------ before the first step
 
-    def attach(self, enabled: Callable[[], bool]) -> None:
+    def attach(self, owner: object) -> None:
         """Watch the dataloaders from the start.
 
         Args:
-            enabled: whether events count; false while a tuner borrows the Trainer.
+            owner: the callback; events count while the Trainer has it.
         """
         check_trainer(self._trainer)
         if self._settings.at == "best":
             check_saver(self._trainer, self._settings.monitor_name)
-        self._enabled = enabled
+        self._owner = owner
         self._data.attach(self._trainer)
 
     def resume_from(self, checkpoint: dict[str, Any]) -> None:
@@ -142,12 +142,7 @@ class Recording:
         trainer = self._trainer
         self._data.on_train_start(trainer)
         self.combined = trainer.fit_loop._combined_loader
-        self._recorder = Recorder(
-            trainer,
-            self._module,
-            claim=lambda: self._data.claim(trainer),
-            enabled=self._enabled,
-        )
+        self._recorder = Recorder(trainer, self._module, self._data.claiming(trainer), self._owner)
         self._recorder.on_first_call = self._begin
         self._recorder.on_written = self._warn_of_written_weights
         self._recorder.attach()
@@ -155,15 +150,17 @@ class Recording:
             trainer, self._settings.monitor_name, self._settled_steps, self._update_header
         )
 
-    def _begin(self) -> None:
-        """Open the trajectory with the state as the first ``training_step`` finds it."""
+    def _begin(self, pieces: tuple[Piece, ...]) -> None:
+        """Open the trajectory with the state as the first ``training_step`` finds it.
+
+        Args:
+            pieces: the samples of its batch, where their indices are known.
+        """
         trainer, module, recorder, data = self._trainer, self._module, self._recorder, self._data
         assert recorder is not None
         assert self._saved is not None
         self.processes = Processes(trainer.global_rank, trainer.world_size)
-        self.processes.on_first(
-            lambda: data.choose(recorder.pieces, self.combined, module, trainer)
-        )
+        self.processes.on_first(lambda: data.choose(pieces, self.combined, module, trainer))
         header = describe(trainer, module, data.sources, self._settings.monitor_name, data.kind)
         header |= {"id": resume.new_identity(), "resumed": []}
         initial, start = recorder.initial(), trainer.global_step
@@ -177,7 +174,7 @@ class Recording:
         if going_on:
             header |= {"resumed": going_on.resumed}
             self._saved.begin(going_on.after.steps, going_on.saved)
-            recorder.steps = going_on.after.steps
+            recorder.go_on(going_on.after.steps)
         self.directory = self._choose_directory(begins_late=late and going_on is None)
         self._writer = open_recording(
             self.directory / "trajectory",
@@ -215,11 +212,6 @@ class Recording:
 
     # ------------------------------------------------------------------ steps
 
-    def batch_started(self, batch_idx: int) -> None:
-        """Note which samples the batch holds."""
-        if self._recorder is not None:
-            self._recorder.batch_started(batch_idx)
-
     def _keep(self, batch: Any, pieces: tuple[Piece, ...]) -> tuple[tuple[Piece, ...], int] | None:
         """Keep a batch; one that cannot be kept is refused at first, and stops recording later."""
         assert self._recorder is not None
@@ -228,7 +220,9 @@ class Recording:
         except (TrajectoryError, UnsupportedError) as error:
             if not self._recorder.steps:
                 raise
-            self._stop(error)
+            self._recorder.settle()
+            if self._writer is not None:
+                self._stop(error)
             return None
 
     def _warn_of_written_weights(self) -> None:
@@ -242,22 +236,18 @@ class Recording:
             "well. If not, the replay of this run will stop there with a ReplayMismatchError."
         )
 
-    def before_step(self) -> None:
-        """From here until the optimiser has stepped, the weights may be those of no step."""
-        if self._recorder is not None:
-            self._recorder.stepping = True
-
-    def batch_ended(self) -> None:
+    def batch_ended(self) -> bool:
         """After the first optimiser step: replay it, and refuse what does not come out the same.
+
+        Returns:
+            Whether this is done, so that the ends of later batches do not matter.
 
         Raises:
             UnsupportedError: if it cannot be replayed, or the monitor not measured.
         """
-        if self._recorder is not None:
-            self._recorder.stepping = False  # also where a scaler skipped the step
         first = self._first
         if first is None or first.step is None or self._recorder is None:
-            return
+            return False
         self._first = None
         trainer = self._trainer
         after = self._recorder.take(1, copy=True)
@@ -266,7 +256,7 @@ class Recording:
             source = self._data.first_source(self.combined, device, CACHE)
         except TrajectoryError as error:  # batches are kept: there is one process
             self._stop(error)
-            return
+            return True
         steps = self.processes.share(first.step)
         with kept_generators([source, trainer.datamodule]):
             form = self.processes.on_first(
@@ -284,6 +274,7 @@ class Recording:
                 )
             )
         self._update_header({"loss_form": form.to_json()}, at_once=False)
+        return True
 
     def _query_check(self) -> QueryCheck | None:
         """What finds out in the first seconds whether the monitor can be measured at the end."""

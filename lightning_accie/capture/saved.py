@@ -64,7 +64,8 @@ class SavedSteps:
 
     def _watching(self, save: Callable[..., Any]) -> Callable[..., Any]:
         def save_checkpoint(checkpoint: Any, filepath: Any, *args: Any, **kwargs: Any) -> Any:
-            self._note(_absolute(filepath))
+            if self._patch.active:
+                self._note(_absolute(filepath))
             return save(checkpoint, filepath, *args, **kwargs)
 
         return save_checkpoint

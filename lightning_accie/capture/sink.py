@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from lightning_accie.errors import TrajectoryError
@@ -39,12 +39,12 @@ class GuardedSink:
         self._first: FirstStepWatch | None = first
         self._stop = stop
 
-    def append(self, step: Step) -> None:
-        """Pass the next step on."""
+    def extend(self, steps: Sequence[Step]) -> None:
+        """Pass the next steps on; the first one comes alone."""
         if self._first is not None:
-            self._first.step, self._first = step, None
+            self._first.step, self._first = steps[0], None
         try:
-            self._writer.append(step)
+            self._writer.extend(steps)
         except TrajectoryError as error:
             self._stop(error)
 

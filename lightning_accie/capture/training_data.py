@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_accie.capture.augmentation import find_randomness
 from lightning_accie.capture.batches import BatchKeeper, SampleIdOf, forecast
 from lightning_accie.capture.indices import IndexRecorder
+from lightning_accie.capture.recorder import Claim
 from lightning_accie.data import training_loaders
 from lightning_accie.errors import UnsupportedError
 from lightning_accie.replay.batches import Batches, BatchSource
@@ -38,7 +39,6 @@ class DataCapture:
         self._keeper: BatchKeeper | None = None
         self._writer: TrajectoryWriter | None = None
         self._reason = ""
-        self._summed = 0
         self.kind = "indices"
         """``"indices"`` or ``"batches"``: what is kept of this run."""
 
@@ -57,7 +57,7 @@ class DataCapture:
                 "`sample_id=` out: indices are recorded on every process."
             )
         self._keeper = self._writer = None
-        self.kind, self._summed, self._indices.takes_prints = "indices", 0, True
+        self.kind, self._indices.prints_left = "indices", _MOST_SUMS
         if self._sample_id is None:
             self._indices.attach(trainer)
 
@@ -66,25 +66,19 @@ class DataCapture:
         if self._sample_id is None:
             self._indices.on_train_start(trainer)
 
-    def claim(self, trainer: Any) -> tuple[tuple[Piece, ...], np.ndarray | None]:
-        """Give the samples of the batch that was just delivered, where their indices are watched.
+    def claiming(self, trainer: Any) -> Claim:
+        """Give what gives the samples of the batch that was just delivered.
 
         Returns:
-            One piece a contributing loader; none where ids come out of the batch. And checksums of
-            the samples, where they are taken.
+            `IndexRecorder.claim`; where ids come out of the batch, something that knows of none.
         """
         if self._sample_id is not None:
-            return (), None
-        pieces = self._indices.claim(trainer)
-        prints = self._indices.prints if self.kind == "indices" else None
-        if prints is not None:
-            self._summed += len(prints)
-            self._indices.takes_prints = self._summed < _MOST_SUMS
-        return pieces, prints
+            return lambda: ((), None)
+        return partial(self._indices.claim, trainer)
 
     def stop_summing(self) -> None:
         """Take no more checksums: the first epoch is over."""
-        self._indices.takes_prints = False
+        self._indices.prints_left = 0
 
     def detach(self) -> None:
         """Leave the loaders as they were found."""

@@ -39,6 +39,22 @@ def is_candidate(step: int) -> bool:
     return step == SPACING * _index(step) ** 2
 
 
+def next_candidate(step: int) -> int:
+    """The first candidate after a step.
+
+    Args:
+        step: t, counted from 0.
+
+    Returns:
+        The smallest t_i above t.
+
+    Examples:
+        >>> next_candidate(0), next_candidate(255), next_candidate(256)
+        (256, 256, 1024)
+    """
+    return SPACING * (_index(step) + 1) ** 2
+
+
 def kept(step: int, room: int) -> frozenset[int]:
     """The candidates kept once the run has reached ``step``.
 

@@ -178,11 +178,24 @@ class TrajectoryWriter:
             ValueError: where the step is not the next one.
             TrajectoryError: where the log cannot be written.
         """
+        self.extend([step])
+
+    def extend(self, steps: Sequence[Step]) -> None:
+        """Add steps to the log, as `append` does one by one.
+
+        Args:
+            steps: the next ones.
+
+        Raises:
+            ValueError: where they are not the next ones.
+            TrajectoryError: where the log cannot be written.
+        """
         self._check_open()
-        if step.number != self._appended:
-            raise ValueError(f"step {step.number} cannot follow {self._appended} steps")
-        self._buffer.append(step)
-        self._appended += 1
+        for number, step in enumerate(steps, self._appended):
+            if step.number != number:
+                raise ValueError(f"step {step.number} cannot follow {number} steps")
+        self._buffer += steps
+        self._appended += len(steps)
         if len(self._buffer) >= self._flush_at_steps or time.monotonic() >= self._flush_at_time:
             self.flush()
 

@@ -14,7 +14,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_accie.capture.indices import IndexRecorder
+from lightning_accie.capture.indices import IndexRecorder, pieces_of
 
 LIGHTNING, PYTORCH_LIGHTNING = lightning.pytorch, pytorch_lightning
 Batches = list[list[tuple[int, list[int]]]]
@@ -116,7 +116,7 @@ class Probe:
         self.recorder.on_train_start(trainer)
 
     def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
-        pieces = self.recorder.claim(trainer)
+        pieces = pieces_of(self.recorder.claim(trainer)[0])
         assert all(piece.indices.dtype == np.int64 for piece in pieces)
         self.claimed.append([(piece.source, piece.indices.tolist()) for piece in pieces])
 

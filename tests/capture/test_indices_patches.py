@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
-from lightning_accie.capture.indices import IndexRecorder, _as_indices, check_loader
+from lightning_accie.capture.indices import IndexRecorder, _as_indices, check_loader, pieces_of
 from lightning_accie.errors import UnsupportedError
 from tests.capture.indexed import (
     IGNORED,
@@ -311,10 +311,10 @@ def test_claiming_needs_a_trainer() -> None:
     ],
 )
 def test_what_samplers_draw(drawn: Any, expected: list[int]) -> None:
-    indices = _as_indices(drawn)
-    assert indices.dtype == np.int64
-    assert indices.tolist() == expected
-    assert indices.shape == (len(expected),)
+    [piece] = pieces_of(((0, _as_indices(drawn)),))
+    assert piece.indices.dtype == np.int64
+    assert piece.indices.tolist() == expected
+    assert piece.indices.shape == (len(expected),)
 
 
 @pytest.mark.parametrize(

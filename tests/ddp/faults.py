@@ -16,6 +16,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
 from lightning_accie import InfluenceCallback
+from lightning_accie.capture import recorder
 from lightning_accie.trajectory import writer
 from tests.ddp.cases import (
     CASES,
@@ -147,6 +148,7 @@ FAULTS: dict[str, Callable[[Path], dict[str, Any]]] = {
 def main(root: Path) -> None:
     warnings_are_errors()
     writer.TrajectoryWriter.__init__.__kwdefaults__["flush_steps"] = 2  # type: ignore[index]
+    recorder._MOST_WAITING = 1
     outcomes = {name: fault(root / name) for name, fault in FAULTS.items()}
     (root / f"{RANK}.json").write_text(json.dumps(outcomes))
     found = attempt(root / "killed-in-training", CASES["plain"], Killed())

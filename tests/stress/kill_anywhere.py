@@ -124,6 +124,7 @@ def close_checkpoints() -> Iterator[None]:
         patch.setattr(checkpoints, "SPACING", 2)
         writer = partial(TrajectoryWriter, flush_steps=5)
         patch.setattr("lightning_accie.capture.opening.TrajectoryWriter", writer)
+        patch.setattr("lightning_accie.capture.recorder._MOST_WAITING", 1)
         yield
 
 

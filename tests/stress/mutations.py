@@ -63,8 +63,8 @@ MUTATIONS = [
     Mutation(
         "index pairing: the prefetched batch instead of the one at hand",
         "capture/indices.py",
-        "pieces, self.prints = delivered[0]",
-        "pieces, self.prints = delivered[-1]",
+        "samples, prints = delivered[0]",
+        "samples, prints = delivered[-1]",
         INDICES,
     ),
     Mutation(
