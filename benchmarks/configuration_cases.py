@@ -10,18 +10,25 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    ModelCheckpoint,
+)
+from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
 from torch.utils.data import (
     ConcatDataset,
     DataLoader,
+    IterableDataset,
     RandomSampler,
     Subset,
     TensorDataset,
@@ -55,7 +62,8 @@ class Model(LightningModule):
         x, y, w = batch
         if not self.twin:
             return self.told.written(self, x, y)
-        return (self.told.own(self, x, y) * w).sum() + self.told.rest(self)
+        own = self.told.own(self, x, y)
+        return (own * w.to(own.dtype)).sum() + self.told.rest(self)
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         loss = self.share(batch)
@@ -86,10 +94,15 @@ class Case:
         data: makes ``(x, y)`` of n samples by a seed.
         loaders: makes the training loaders of a dataset of ``(x, y, w)``.
         trainer: arguments of the Trainer.
-        callbacks: makes callbacks of the Trainer.
+        callbacks: makes callbacks of the Trainer, given the run's directory.
         model: the LightningModule's class.
-        twins: whether a weighted sum rounds like the loss itself: not in half precision.
+        precision: ``"double"``, ``"single"`` or ``"half"``: how well a weighted sum agrees with the
+            loss itself. In half precision the rounding hides a sample, and there are no twins.
         derivatives: whether its operators have the second derivatives that SGD-IE needs.
+        influence: further arguments of the callback.
+        at: where the run ends for the ranking.
+        resumed: after how many steps `fit` stops and goes on from a checkpoint; 0 for never.
+        rounds: whether a replay is only promised to a few roundings.
     """
 
     group: str
@@ -100,10 +113,14 @@ class Case:
     data: Callable[[int, int], tuple[Tensor, Tensor]] = field(default=lambda n, s: classes(n, s))
     loaders: Callable[[Any], Any] = field(default=lambda data: loader(data))
     trainer: dict[str, Any] = field(default_factory=dict)
-    callbacks: Callable[[], list[Any]] = list
+    callbacks: Callable[[Path], list[Any]] = lambda root: []
     model: type[Model] = Model
-    twins: bool = True
+    precision: str = "double"
     derivatives: bool = True
+    influence: dict[str, Any] = field(default_factory=dict)
+    at: str = "last"
+    resumed: int = 0
+    rounds: bool = False
 
 
 # ------------------------------------------------------------------ parts
@@ -204,10 +221,15 @@ def optimiser_cases() -> Iterator[Case]:
         "Adagrad": optimiser(torch.optim.Adagrad, lr=0.05, lr_decay=0.1, weight_decay=0.02),
         "Adadelta": optimiser(torch.optim.Adadelta, lr=0.7, eps=1e-5),
         "Adamax": optimiser(torch.optim.Adamax, lr=0.02, weight_decay=0.02),
+        "NAdam": optimiser(torch.optim.NAdam, lr=0.01, weight_decay=0.02),
         "RAdam": optimiser(torch.optim.RAdam, lr=0.02, weight_decay=0.02),
+        "SGD, momentum, `foreach=True`": sgd(momentum=0.9, foreach=True),
+        "AdamW, `foreach=True`": adamw(foreach=True),
+        "SGD, momentum, `fused=True`": sgd(momentum=0.9, fused=True),
+        "AdamW, `fused=True`": adamw(fused=True),
     }
     for name, optimise in told.items():
-        yield replace(case, name=name, optimise=optimise)
+        yield replace(case, name=name, optimise=optimise, rounds="fused" in name)
 
 
 def schedule_cases() -> Iterator[Case]:
@@ -256,8 +278,33 @@ def trainer_cases() -> Iterator[Case]:
     yield Case(
         "Trainer",
         "`GradientAccumulationScheduler`",
-        callbacks=lambda: [GradientAccumulationScheduler({0: 1, 1: 2, 2: 4})],
+        callbacks=lambda root: [GradientAccumulationScheduler({0: 1, 1: 2, 2: 4})],
     )
+    yield Case(
+        "Trainer",
+        "`EarlyStopping`, trained again for as many steps",
+        optimise=scheduled(sgd(), overshoots),
+        callbacks=lambda root: [EarlyStopping("val_loss", patience=0)],
+    )
+    yield Case(
+        "Trainer",
+        '`at="best"`, with a `ModelCheckpoint`',
+        optimise=scheduled(sgd(momentum=0.5), overshoots),
+        trainer={"val_check_interval": 2},
+        callbacks=lambda root: [ModelCheckpoint(root / "best", monitor="val_loss")],
+        influence={"at": "best"},
+        at="best",
+    )
+    for name, steps in (("within an epoch", 6), ("at an epoch's end", 4)):
+        yield Case(
+            "Trainer",
+            f"stopped and resumed from `ckpt_path=`, {name}",
+            net=lambda: mlp(nn.BatchNorm1d(6), nn.Dropout(0.3)),
+            optimise=scheduled(
+                adamw(), lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, T_max=12)
+            ),
+            resumed=steps,
+        )
     yield Case(
         "Trainer",
         "clipping by norm under Adam",
@@ -266,18 +313,31 @@ def trainer_cases() -> Iterator[Case]:
     )
 
 
+def overshoots(optimizer: Any) -> Any:
+    """From the eighth step on the rate is far too large."""
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 1.0 if t < 7 else 60.0)
+
+
+def half() -> dict[str, Any]:
+    """What `Trainer(precision="16-mixed")` is on a GPU; its first scale is too large."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16, growth_interval=4)
+    return {"plugins": [MixedPrecision("16-mixed", "cpu", scaler=scaler)]}
+
+
 def precision_cases() -> Iterator[Case]:
-    """What differs from a plain run in more than rounding is left to the replay to show."""
-    for precision in ("32-true", "bf16-mixed"):
-        for between in ((), (nn.Dropout(0.3),)):
+    """In 16 bits it is left to the replay to show what differs in more than rounding."""
+    for precision in ("32-true", "bf16-mixed", "16-mixed"):
+        for share in (0.0, 0.3):
             yield Case(
                 "Precision",
-                f"`{precision}`" + (", Dropout" if between else ""),
-                net=lambda between=between: mlp(*between).float(),
+                f"`{precision}`"
+                + (", Dropout" if share else "")
+                + (", with skipped steps" if precision == "16-mixed" else ""),
+                net=lambda share=share: mlp(nn.Dropout(share)).float(),
                 data=lambda n, s: (classes(n, s)[0].float(), classes(n, s)[1]),
                 optimise=adamw(),
-                trainer={"precision": precision},
-                twins=False,
+                trainer=half() if precision == "16-mixed" else {"precision": precision},
+                precision="single" if precision == "32-true" else "half",
             )
 
 
@@ -418,6 +478,10 @@ def loss_cases() -> Iterator[Case]:
     for name, loss, data in told:
         second = name not in ("`multi_margin_loss`", "`multilabel_margin_loss`")
         yield Case("Losses", name, loss=loss, data=data, derivatives=second)
+    labels = targets(lambda x, g: torch.randint(1, 3, (len(x), 2), generator=g))
+    yield Case(
+        "Losses", "`ctc_loss`", net=per_token, loss=aligned(), data=labels, derivatives=False
+    )
     tokens = targets(lambda x, g: torch.randint(0, 3, (len(x), 4), generator=g))
     yield Case(
         "Losses", "tokens, `[B·T, C]`", loss=flattened(major=False), data=tokens, net=per_token
@@ -444,6 +508,17 @@ def flattened(major: bool) -> Loss:
         return losses.reshape((4, -1) if major else (-1, 4)).mean(0 if major else 1) / len(x)
 
     return Loss(rows, own)
+
+
+def aligned() -> Loss:
+    """Two labels for four frames."""
+
+    def call(model: Model, x: Tensor, y: Tensor, **more: Any) -> Tensor:
+        frames = model.net(x.unsqueeze(-1)).log_softmax(-1).transpose(0, 1)
+        lengths = torch.full((len(x),), 4), torch.full((len(x),), 2)
+        return F.ctc_loss(frames, y, *lengths, **more)
+
+    return Loss(call, lambda model, x, y: call(model, x, y, reduction="none") / 2 / len(x))
 
 
 def logarithmic(function: Callable[..., Tensor]) -> Loss:
@@ -635,6 +710,35 @@ class OneByOne(Model):
         return self.share([part.unsqueeze(0) for part in batch])
 
 
+class Augmented(TensorDataset):
+    """Adds other noise to a sample every time."""
+
+    def __getitem__(self, index: int) -> Any:
+        x, *rest = super().__getitem__(index)
+        return x + 0.1 * torch.randn_like(x), *rest
+
+
+class Stream(IterableDataset[Any]):
+    """Samples in an order of its own, each with its number."""
+
+    def __init__(self, data: TensorDataset) -> None:
+        self.data = data
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter([(*self.data[i], i) for i in torch.randperm(SAMPLES).tolist()])
+
+
+class Named(Model):
+    """The batch has the samples' names, too."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.share(batch[:3])
+
+
+def names(batch: Any) -> Tensor:
+    return batch[3]
+
+
 def halves(data: TensorDataset) -> dict[str, DataLoader[Any]]:
     one, two = (
         TensorDataset(*(t[part] for t in data.tensors)) for part in (slice(14), slice(14, None))
@@ -676,6 +780,19 @@ def data_cases() -> Iterator[Case]:
             model=Several,
         )
     yield Case("Data", "a dict of two loaders", loaders=halves, model=Several)
+    yield Case(
+        "Data",
+        "random augmentation in the dataset, batches kept",
+        loaders=lambda data: loader(Augmented(*data.tensors)),
+        influence={"capture": "batches"},
+    )
+    yield Case(
+        "Data",
+        "an `IterableDataset`, with `sample_id=`",
+        loaders=lambda data: loader(Stream(data), shuffle=None),
+        model=Named,
+        influence={"sample_id": names},
+    )
 
 
 CASES = [

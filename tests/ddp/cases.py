@@ -114,6 +114,18 @@ def layered(*middle: nn.Module) -> nn.Module:
     return nn.Sequential(first, *middle, nn.Tanh(), nn.Linear(6, 3)).double()
 
 
+class Single(Synchronised):
+    """Takes its batches in single precision, for autocast."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        return super().training_step((x.float(), y), batch_idx)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        x, y = batch
+        super().validation_step((x.float(), y), batch_idx)
+
+
 @dataclass(frozen=True)
 class Case:
     """What to train, and how.
@@ -154,6 +166,11 @@ CASES = {
         MOMENTUM,
         {"strategy": "ddp_find_unused_parameters_true"},
     ),
+    "bf16": Case(
+        lambda: Single(layered(nn.Dropout(0.3)).float(), MOMENTUM),
+        MOMENTUM,
+        {"precision": "bf16-mixed", "gradient_clip_val": 0.3},
+    ),
     "buffer": Case(
         lambda: Centred(smooth_net(), PLAIN),
         PLAIN,
@@ -173,7 +190,7 @@ class Losses(Callback):
 
 
 def train(root: Path, case: Case, callbacks: list[Callback], **settings: Any) -> dict[str, Any]:
-    """Train as one of two processes, and tell what came out."""
+    """Train as one of several processes, and tell what came out."""
     rank = int(os.environ["LOCAL_RANK"])
     torch.manual_seed(1)
     module, losses = case.make(), Losses()

@@ -1,4 +1,4 @@
-"""Start a script as the two processes of a distributed run."""
+"""Start a script as the processes of a distributed run."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class Ended:
     output: str
 
 
-def launch(module: str, *arguments: str, timeout: float = 150) -> list[Ended]:
+def launch(module: str, *arguments: str, ranks: int = RANKS, timeout: float = 150) -> list[Ended]:
     """Run ``python -m module`` once a rank; what runs too long is killed, which is an error."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     processes = []
-    for rank in range(RANKS):
+    for rank in range(ranks):
         environment = {
             **os.environ,
             "LOCAL_RANK": str(rank),

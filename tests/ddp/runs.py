@@ -1,6 +1,7 @@
 """All that two processes do for these tests, in one go: starting them takes longest.
 
-With ``whole``, every kind of loader is dealt out, every case trained, one resumed, and rank 0 killed in
+With ``whole``, every kind of loader is dealt out, every case trained, one resumed, one
+ranked at its best checkpoint, and rank 0 killed in
 an analysis.
 With ``faults``, everything else goes wrong, and rank 1 is killed in training.
 """
@@ -11,7 +12,7 @@ import os
 import sys
 from pathlib import Path
 
-from tests.ddp import deal, faults, resume, train
+from tests.ddp import best, deal, faults, resume, train
 
 
 def main(root: Path, what: str) -> None:
@@ -19,6 +20,7 @@ def main(root: Path, what: str) -> None:
         deal.main(root)
         train.main(root)
         resume.main(root)
+        best.main(root)
         faults.killed_in_analysis(root)
     else:
         faults.main(root)

@@ -89,12 +89,12 @@ def test_one_process_replays_it_to_the_bit(results: Any, opened: Opener, case: s
         assert torch.equal(trained[name], value), name
 
 
-def recorded(trajectory: Trajectory) -> list[list[list[list[int]]]]:
+def recorded(trajectory: Trajectory, ranks: int = 2) -> list[list[list[list[int]]]]:
     """Per step and rank the recorded micro-batches."""
     return [
         [
             [micro.pieces[0].indices.tolist() for micro in step.micro_batches if micro.rank == rank]
-            for rank in range(2)
+            for rank in range(ranks)
         ]
         for step in trajectory.steps()
     ]
