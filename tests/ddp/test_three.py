@@ -61,12 +61,12 @@ def test_influence_is_that_of_a_plain_loop_over_the_shares(three: Path) -> None:
     ones = torch.ones(DATA, dtype=torch.float64)
     how = {**settings("momentum"), "ranks": RANKS}
     net = retrain(fresh("momentum"), train, ones, **how)
-    base = mean_loss(net, net, valid)
+    base = mean_loss(net, valid)
     chosen = [0, 7, 24]
     found = opened(three, "momentum").estimate(estimator=LeaveOneOut(chosen), verify=0)
     by_index = dict(zip(found.index.tolist(), found.influence.tolist(), strict=True))
     for sample in chosen:
         without = retrain(fresh("momentum"), train, ones * (torch.arange(DATA) != sample), **how)
-        expected = mean_loss(without, net, valid) - base
+        expected = mean_loss(without, valid) - base
         assert by_index[sample] == pytest.approx(expected, rel=1e-7, abs=1e-12)
         assert abs(expected) > 1e-5
