@@ -236,11 +236,19 @@ def test_a_departing_replay_is_a_warning_in_fit_and_an_error_in_the_engine(tmp_p
 
 
 def test_the_users_own_errors_are_not_swallowed(tmp_path: Path) -> None:
-    def fails(sample: Any) -> dict[str, Any]:
-        raise LookupError("no such label")
+    described: list[Any] = []
+
+    def query(module: Any, batch: Any) -> torch.Tensor:
+        if described:  # the training is over
+            raise LookupError("no such label")
+        return module.loss(module.net(batch[0]), batch[1])
+
+    def describe(sample: Any) -> dict[str, Any]:
+        described.append(sample)
+        return {}
 
     with pytest.raises(LookupError, match="no such label"):
-        fitted(tmp_path, Classifier(relu(), sgd()), describe=fails)
+        fitted(tmp_path, Classifier(relu(), sgd()), monitor=query, describe=describe)
     assert Trajectory.open(tmp_path / "trajectory").status == "finished"
 
 
