@@ -6,6 +6,7 @@ from lightning_accie.agreement import Agreement
 from lightning_accie.callback import InfluenceCallback
 from lightning_accie.engine import InfluenceEngine
 from lightning_accie.errors import (
+    DescribeError,
     InfluenceError,
     QueryError,
     ReplayMismatchError,
@@ -22,6 +23,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AccSgdIE",
     "Agreement",
+    "DescribeError",
     "Estimator",
     "InfluenceCallback",
     "InfluenceEngine",

@@ -23,6 +23,7 @@ from lightning_accie.query import QueryFunction
 from lightning_accie.replay.module import SampleLosses
 from lightning_accie.reports import report_all
 from lightning_accie.scores import InfluenceScores
+from lightning_accie.trajectory.files import FOLDER
 from lightning_accie.trajectory.sizes import parse_bytes
 
 
@@ -265,7 +266,7 @@ class InfluenceCallback(CallbackBase):
         recording = self._recording
         if self.run != "fit_end" or recording is None or recording.directory is None:
             return
-        trajectory = recording.directory / "trajectory"
+        trajectory = recording.directory / FOLDER
         complete = recording.processes.share(recording.complete)
         if not all(complete):
             if recording.complete and recording.processes.first:
@@ -307,7 +308,7 @@ class InfluenceCallback(CallbackBase):
     ) -> InfluenceScores:
         close_bar(trainer)
         engine = InfluenceEngine(
-            directory / "trajectory",
+            directory / FOLDER,
             pl_module,
             train,
             val_dataloaders=loaders,

@@ -434,11 +434,11 @@ class InfluenceEngine:
         stored = self.trajectory.batches
         if ids := stored.ids() if stored is not None else []:
             columns["sample_id"] = [ids[n] for n in replay.samples.tolist()]
+        # First the user's function: if it fails, nothing was done in vain.
+        own = described(describe, replay.samples.tolist(), self.sample) if describe else {}
         if loss_column:
             columns["loss"] = training_losses(replay).tolist()
-        if describe is None:
-            return columns
-        return columns | described(describe, replay.samples.tolist(), self.sample)
+        return columns | own
 
     def _scores(
         self,

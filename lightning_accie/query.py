@@ -223,6 +223,7 @@ class ModuleQuery:
             rows = len(next(iter(params.values())))
             each = ({n: v[k] for n, v in params.items()} for k in range(rows))
             return torch.tensor([self.value(one) for one in each], dtype=torch.float64)
+        self._bind_statistics({})  # what is not given is as it was at s_T
         prefixed = {f"module.{name}": value for name, value in params.items()}
         mean = WeightedMean()
         with torch.no_grad(), self._same_draws():
@@ -259,6 +260,9 @@ class ModuleQuery:
     def _bind(self, params: Params) -> None:
         for name, parameter in self._parameters.items():
             parameter.data = params[name]
+        self._bind_statistics(params)
+
+    def _bind_statistics(self, params: Params) -> None:
         for name, (holder, key, own) in self._statistics.items():
             holder[key] = params.get(name, own)
 

@@ -90,7 +90,7 @@ def test_training_is_bit_identical(
     assert not {"log", "log_dict", "print"} & vars(model).keys()
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert isinstance(model.net[0].weight, nn.Parameter)
-    assert not {"training_step", "process_dataloader"} & vars(trainer_.strategy).keys()
+    assert not {"training_step", "backward", "process_dataloader"} & vars(trainer_.strategy).keys()
     assert model.trainer is trainer_
 
 

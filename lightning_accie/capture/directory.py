@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning_accie.capture.processes import Processes
 from lightning_accie.errors import TrajectoryError
-from lightning_accie.trajectory.files import MANIFEST
+from lightning_accie.trajectory.files import FOLDER, MANIFEST
 
 
 def choose(trainer: Any, dirpath: Path | None, processes: Processes, *, beside: bool) -> Path:
@@ -32,7 +32,7 @@ def choose(trainer: Any, dirpath: Path | None, processes: Processes, *, beside: 
 
 
 def _beside(dirpath: Path) -> Path:
-    taken = (dirpath / "trajectory" / MANIFEST).exists()
+    taken = (dirpath / FOLDER / MANIFEST).exists()
     return make_numbered(dirpath.parent, dirpath.name) if taken else dirpath
 
 

@@ -296,8 +296,7 @@ class Recorder:
         """Complete the records of all steps that were taken, and pass them on."""
         if self._window and self._window_step != self._optimizer_steps.total.completed:
             self._drop_skipped()
-        # Other code may have drawn since, so where the generators are now is not the calls' doing.
-        self._hand_over(right_after=False)
+        self._hand_over()
 
     def _drop_skipped(self) -> None:
         """Forget the batches of a step that is over without the optimiser having moved anything."""
@@ -335,13 +334,13 @@ class Recorder:
         if self._handed_over + waiting >= self._next_of_note:
             self._note_state()
         elif waiting >= _MOST_WAITING or monotonic() >= self._hand_over_at:
-            self._hand_over(right_after=True)
+            self._hand_over()
 
     def _note_state(self) -> None:
         """After the first step, which is checked at once, and where the state may be kept."""
         assert self.sink is not None
         self._next_of_note = next_candidate(self.steps)
-        self._hand_over(right_after=True)
+        self._hand_over()
         if self._patches and self.sink.wants_checkpoint(self.steps):
             self.sink.checkpoint(self.take(self.steps))
 
@@ -356,13 +355,10 @@ class Recorder:
         )
         self._groups_seen = list(map(dict, groups)) if constant else None
 
-    def _hand_over(self, *, right_after: bool) -> None:
-        """Make records of the complete steps and pass them on.
-
-        Args:
-            right_after: whether nothing else can have drawn random numbers since the last call.
-        """
-        self._judge(self._draws.settle(right_after=right_after))
+    def _hand_over(self) -> None:
+        """Make records of the complete steps and pass them on."""
+        # Hooks, or other code, may have drawn since the last call ended.
+        self._judge(self._draws.settle(right_after=False))
         if self._complete:
             assert self.sink is not None
             steps = [

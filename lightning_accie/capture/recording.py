@@ -30,6 +30,7 @@ from lightning_accie.query import QueryFunction, check_query
 from lightning_accie.replay.module import SampleLosses, TrainingProgram
 from lightning_accie.replay.walker import Snapshot, Visit
 from lightning_accie.scores_files import remove_scores
+from lightning_accie.trajectory.files import FOLDER
 from lightning_accie.trajectory.ranks import merged_step
 from lightning_accie.trajectory.records import Piece
 from lightning_accie.trajectory.writer import TrajectoryWriter
@@ -133,7 +134,7 @@ class Recording:
                 self._writer.flush()  # the log reaches every checkpoint that names it
             except TrajectoryError as error:
                 self._stop(error)
-        place = self._identity, str(self.directory and (self.directory / "trajectory").absolute())
+        place = self._identity, str(self.directory and (self.directory / FOLDER).absolute())
         name = self._settings.monitor_name
         return resume.bookmark(place, name, self._recorder, self._lacking).to_state()
 
@@ -177,7 +178,7 @@ class Recording:
             recorder.go_on(going_on.after.steps)
         self.directory = self._choose_directory(begins_late=late and going_on is None)
         self._writer = open_recording(
-            self.directory / "trajectory",
+            self.directory / FOLDER,
             header | self._saved.header(),
             recorder.take(after.steps) if after else initial,
             self.processes,

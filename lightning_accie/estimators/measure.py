@@ -6,20 +6,17 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from lightning_accie.errors import first_line
 from lightning_accie.estimators.base import Replay
 from lightning_accie.estimators.chunks import chunk_size
-from lightning_accie.replay.state import State, stack, zeros_like
+from lightning_accie.replay.state import Params, stack, zeros_like
 from lightning_accie.replay.step import TANGENTS
 from lightning_accie.replay.walker import Visit, Walker
 
 _ROWS = 32
-_Pulled = tuple[State, Tensor]
 
 
 def _best_of(action: Callable[[], object], repeats: int = 3) -> float:
@@ -114,27 +111,35 @@ def _choose_product(ladder: Ladder) -> None:
     visit = next(walker.forwards())
     still = {name: torch.zeros_like(visit.state.params[name]) for name in visit.map.used}
     cotangent = visit.map.update(visit.state, still).map(torch.ones_like)
+    along = _direction(still)
     times: dict[str, float] = {}
-    found: Any = None
+    first: Params = {}
     for product in ("double-backward", "reverse-over-forward"):
         if product != "double-backward" and not visit.map.transforms:
             continue
-        pull = partial(replace(visit.map, product=product).vjp, visit.state, cotangent)
+        step = replace(visit.map, product=product)
+        pull = partial(step.vjp, visit.state, cotangent)
         if not ladder.tries(product, pull):
             continue
-        if times and not _agree(pull(), found, walker.program.analysis.tolerances.gradient):
+        found = step.hessian_product(visit.state, along)
+        if first and not _agree(found, first, walker.program.analysis.tolerances.gradient):
             ladder.reasons[product] = "torch gives another product than by double-backward"
             continue
-        found = pull()
+        first = first or found
         times[product] = _best_of(pull)
     walker.product = min(times, key=lambda name: times[name], default="double-backward")
 
 
-def _agree(one: _Pulled, other: _Pulled, tolerance: float) -> bool:
-    """Whether two results of `StepMap.vjp` are the same to rounding (norms)."""
-    pairs = list(zip([*one[0].leaves(), one[1]], [*other[0].leaves(), other[1]], strict=True))
-    apart = sum(float((a - b).double().square().sum()) for a, b in pairs)
-    size = sum(float(b.double().square().sum()) for _, b in pairs)
+def _direction(like: Params) -> Params:
+    """A direction at random, always the same: one of ones may be flat."""
+    generator = torch.Generator().manual_seed(0)
+    return {n: torch.randn(p.shape, generator=generator).to(p) for n, p in like.items()}
+
+
+def _agree(one: Params, other: Params, tolerance: float) -> bool:
+    """Whether two Hessian products are the same to rounding (norms)."""
+    apart = sum(float((one[name] - b).double().square().sum()) for name, b in other.items())
+    size = sum(float(b.double().square().sum()) for b in other.values())
     return apart <= tolerance**2 * size
 
 

@@ -251,7 +251,8 @@ class _Probe:
         before = {name: buffer.clone() for name, buffer in program.buffers.items()}
         value = program.run(self.loss.micro, self.loss.random)
         if value is not None:
-            torch.autograd.grad(value, list(program.parameters.values()), allow_unused=True)
+            parameters = [program.parameters[name] for name in program.trainable]
+            torch.autograd.grad(value, parameters, allow_unused=True)
         after = {n: b.clone() for n, b in program.statistics.of(program.buffers).items()}
         program.load_buffers(before)
         with torch.no_grad():

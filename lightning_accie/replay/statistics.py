@@ -107,9 +107,10 @@ class RunningStatistics:
             self._met.append((part, args[0] if args else kwargs["input"]))
 
     def _follow(self, after: Params, part: _NormBase, entered: Tensor, turn: int) -> None:
-        assert part.num_batches_tracked is not None
-        momentum = part.momentum
-        factor = 1.0 / (int(part.num_batches_tracked) + turn + 1) if momentum is None else momentum
+        factor = part.momentum
+        if factor is None:
+            assert part.num_batches_tracked is not None
+            factor = 1.0 / (int(part.num_batches_tracked) + turn + 1)
         for name, value in zip(self._places[part], _moments(part, entered), strict=True):
             old = after[name]
             after[name] = (1.0 - factor) * old + factor * value.to(old.dtype)

@@ -377,6 +377,18 @@ class StepMap:
         by_weights = torch.cat([gamma for _, gamma, _ in products])
         return State(params, back.slots, products[0][2]), by_weights
 
+    def hessian_product(self, state: State, direction: Params) -> Params:
+        """Multiply the Hessian of the step's loss, by the way that ``product`` names.
+
+        Args:
+            state: s_t; the module must be bound to it.
+            direction: μ, for the parameters in use.
+
+        Returns:
+            Hμ by parameter name.
+        """
+        return _sum_up([products for products, *_ in self._pulled(state, direction, {})])
+
     def _pulled(self, state: State, mu: Params, nu: Params) -> list[_Pulled]:
         """What `_product` gives for every micro-batch; ν goes through them from the last one on."""
         products: list[_Pulled] = []

@@ -27,6 +27,8 @@ from tests.problems import (
     smooth_net,
 )
 
+PATCHED = {"training_step", "backward", "process_dataloader"}
+"""What the callback replaces of a strategy while it trains."""
 DATA, VALIDATION = 25, 11
 """Neither divides by two: the distributed sampler draws a sample twice."""
 
@@ -211,5 +213,7 @@ def train(root: Path, case: Case, callbacks: list[Callback], **settings: Any) ->
             np.random.get_state()[1].tolist(),  # type: ignore[index]  # noqa: NPY002
         ),
         "loaders": [type(loader) for loader in data],
-        "left": sorted({"training_step", "process_dataloader"} & vars(trainer.strategy).keys()),
+        "left": sorted(
+            {"training_step", "backward", "process_dataloader"} & vars(trainer.strategy).keys()
+        ),
     }

@@ -126,3 +126,32 @@ def test_a_run_past_its_first_checkpoints(tmp_path: Path, layers: str) -> None:
     assert walker.fidelity.checkpoints == 2
     assert walker.fidelity.bit_exact
     assert states[-1].step == 279
+
+
+class SeldomNoisy(Classifier):
+    """Its own hook draws before the sixth step is taken, and its next training step draws too."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        noise = 0.1 * torch.randn_like(x) if self.global_step == 6 else 0.0
+        return F.cross_entropy(self.net(x + noise), y)
+
+    def on_after_backward(self) -> None:
+        if self.global_step == 5:
+            torch.rand(3)
+
+
+def test_what_a_hook_draws_is_not_taken_for_the_steps_doing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lightning_accie.capture.recorder._MOST_WAITING", 1)
+    module = SeldomNoisy(net("plain"), sgd())
+    engine = record(
+        tmp_path, module, float32_data(24, 0), float32_data(8, 1), loader={"shuffle": False}
+    )
+    draws = [step.micro_batches[0].draws for step in engine.trajectory.steps()]
+    assert draws[5:7] == [True, True]  # of the first it cannot be told
+    assert not any(draws[4:5])
+    walker = engine.replay("val_loss").walker
+    assert len(list(walker.forwards())) == 12
+    assert walker.fidelity.bit_exact

@@ -382,8 +382,8 @@ MUTATIONS = [
     Mutation(
         "running statistics: the layer's momentum is not used",
         "replay/statistics.py",
-        "if momentum is None else momentum",
-        "if momentum is None else 0.1",
+        "factor = part.momentum\n",
+        "factor = part.momentum and 0.1\n",
         STATISTICS,
     ),
     Mutation(
