@@ -98,7 +98,8 @@ def test_after_training(
 def mean_and_spread(values: list[float]) -> str:
     """Mean ± standard deviation."""
     found = torch.tensor(values)
-    return f"{found.mean():.4f} ± {found.std():.4f}"
+    spread = f" ± {found.std():.4f}" if len(found) > 1 else ""
+    return f"{found.mean():.4f}{spread}"
 
 
 def main() -> None:
@@ -154,7 +155,9 @@ def compare(
         results["all"].append(test_after_training(train, test, seed))
         results["at random"].append(test_after_training(Subset(train, kept), test, seed))
         results["harmful"].append(test_after_training(scores.cleaned(train, drop), test, seed))
-    console.print(f"Retrained {seeds} times each, on the test set (mean ± sd):")
+    times = "once" if seeds == 1 else f"{seeds} times each"
+    spread = "" if seeds == 1 else " (mean ± sd)"
+    console.print(f"Retrained {times}, on the test set{spread}:")
     for name, runs in results.items():
         what = "trained on everything  " if name == "all" else f"without {drop} {name}"
         losses, accuracies = zip(*runs, strict=True)

@@ -64,7 +64,8 @@ class InfluenceCallback(CallbackBase):
             per-sample losses cannot be found by themselves.
         query_dataloader: batches for the query; default the Trainer's validation data.
         describe: ``callable(sample) -> dict``, given ``dataset[i]`` (where batches are kept: the
-            sample's part of one): columns of your own in every table (label, path, …).
+            sample's part of one): columns of your own in every table (label, path, …). Tried on one
+            sample when `fit` starts.
         loss_column: whether to add each sample's training loss as the column ``loss``, which finds
             flipped labels better than any influence.
         console: whether to print the ranking when `fit` ends.
@@ -202,6 +203,7 @@ class InfluenceCallback(CallbackBase):
             disk_budget=self._disk_budget,
             sample_losses=self.sample_losses,
             query_dataloader=self.query_dataloader,
+            describe=self.describe,
             full_precision=self.full_precision,
         )
 

@@ -368,7 +368,7 @@ class InfluenceEngine:
                 check_derivatives(chosen.probe, next(replay.walker.forwards()))
             # First of all: an error in the user's function comes at once, and none loses a ranking.
             columns = self._columns(replay, describe, loss_column)
-            ranking = Ranking(replay, seed)
+            ranking = Ranking(replay, seed, tell=rank_zero_info)
             ranking.run(chosen, top_k=top_k, verify=verify)
         return self._scores(replay, ranking, columns, value, estimator, at, ladder)
 

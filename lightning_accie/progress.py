@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from rich import get_console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -40,7 +41,11 @@ class RichProgress:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
         )
-        with RichBars(*columns, transient=True) as bars:
+        console = get_console()
+        if not (console.is_terminal or console.is_jupyter):  # it would leave a blank line there
+            yield lambda units: None
+            return
+        with RichBars(*columns, transient=True, console=console) as bars:
             task = bars.add_task(description, total=total)
             yield lambda units: bars.advance(task, units)
 

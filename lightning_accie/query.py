@@ -190,16 +190,16 @@ class ModuleQuery:
         if not any(bool(part.any()) for part in total):
             raise QueryError(
                 f"The gradient of `{self.name}` is zero everywhere: a metric such as accuracy has "
-                "no slope. Use a loss as `monitor=`."
+                f"no slope. {self._way_out()}"
             )
         return dict(zip(leaves, total, strict=True))
 
     def _slopes(self, value: Tensor, inputs: list[Tensor]) -> tuple[Tensor, ...]:
         if not value.requires_grad:
             raise QueryError(
-                f"`{self.name}` has no gradient: it was logged detached or under "
-                "`torch.no_grad()`, or it does not depend on the weights. Log the loss tensor "
-                "itself, or pass a callable `monitor(module, batch)`."
+                f"`{self.name}` has no gradient: it was computed under `torch.no_grad()` or detached, "
+                "or it is a count, such as accuracy, or it does not depend on the weights. "
+                f"{self._way_out()}"
             )
         return torch.autograd.grad(value, inputs, materialize_grads=True)
 
@@ -304,19 +304,31 @@ class ModuleQuery:
         if is_metric(value):
             raise QueryError(
                 f"`{self.name}` is a torchmetrics metric, which cannot be "
-                "differentiated. Log the loss tensor itself, or pass a callable "
-                "`monitor(module, batch)`."
+                f"differentiated. {self._way_out()}"
             )
         if not isinstance(value, Tensor):
             raise QueryError(
                 f"`{self.name}` is a {type(value).__name__}, not a tensor: it cannot be "
-                "differentiated. Do not call `.item()` or `float()` on it."
+                f"differentiated. Do not call `.item()` or `float()` on it. {self._way_out()}"
             )
         if value.numel() != 1:
             raise QueryError(
                 f"`{self.name}` must be a scalar, but has shape {tuple(value.shape)}. Take its mean."
             )
         return value.reshape(())
+
+    def _way_out(self) -> str:
+        """What can be measured instead."""
+        if not isinstance(self.monitor, str):
+            return "Return the mean loss of the batch, or another smooth function of the weights."
+        logged = self._catcher.logged.items()
+        losses = [name for name, (entry, *_) in logged if name != self.name and _has_slope(entry)]
+        if losses:
+            shown = ", ".join(f'`monitor="{name}"`' for name in sorted(losses))
+            return f"What `validation_step` logs with a gradient: use {shown}."
+        return (
+            "Log the loss tensor itself and name it, or pass a callable `monitor(module, batch)`."
+        )
 
     def _weight(self, place: _Place) -> float:
         """The weight of the batch just evaluated, as Lightning gives it."""
@@ -429,6 +441,11 @@ class _Place:
     batch: Any
     index: int
     loader: int
+
+
+def _has_slope(entry: Logged) -> bool:
+    value = entry.value
+    return isinstance(value, Tensor) and value.requires_grad and value.numel() == 1
 
 
 def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -19,11 +19,49 @@ from lightning_accie.agreement import Agreement, measure
 from lightning_accie.estimators.acc_sgd_ie import AccSgdIE
 from lightning_accie.estimators.base import Estimate, Estimator, Interrupted, Replay, strongest
 from lightning_accie.estimators.leave_one_out import LeaveOneOut
-from lightning_accie.estimators.measure import exact_is_cheaper
+from lightning_accie.estimators.measure import Prices, measure_prices
 from lightning_accie.estimators.sgd_ie import SgdIE
 
 EXACT = LeaveOneOut.name
 _ROUNDS = 4
+
+
+def plan(count: int, first: str, prices: Prices, refined: int, verify: int) -> str:
+    """Say what a ranking will take, before it begins.
+
+    Args:
+        count: how many samples there are.
+        first: whose ranking it is.
+        prices: of a better figure of one sample.
+        refined: how many of the strongest samples get one.
+        verify: how many samples are replayed exactly, half of them the strongest.
+
+    Returns:
+        A sentence.
+    """
+    refined, at_random = min(refined, count), verify - verify // 2
+    if prices.exact_is_cheaper or not refined:  # those to verify are among those refined
+        strongest, by_acc = max(refined, min(verify // 2, count)), 0
+    else:
+        strongest, by_acc = min(verify // 2, count), min(refined + at_random, count)
+    at_random = min(at_random, count - strongest)
+    steps = [f"ACC-SGD-IE of {by_acc} samples"] if by_acc else []
+    which = ((strongest, "of the strongest"), (at_random, "at random"))
+    steps.append("exact replay of " + " and ".join(f"{n} {how}" for n, how in which if n))
+    seconds = by_acc * prices.acc if by_acc else 0.0
+    seconds += (strongest + at_random) * prices.exact
+    return (
+        f"Influence analysis: {first}, then {', then '.join(steps)}, which takes about "
+        f"{_duration(seconds)}. `top_k=` and `verify=` set how many; Ctrl-C keeps the ranking as far "
+        "as it has come."
+    )
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{max(1, round(seconds))} s"
 
 
 class Ranking:
@@ -32,11 +70,18 @@ class Ranking:
     Args:
         replay: the run.
         seed: of the random choice of samples to verify.
+        tell: what takes a sentence about what will be done.
     """
 
-    def __init__(self, replay: Replay, seed: int) -> None:
+    def __init__(
+        self,
+        replay: Replay,
+        seed: int,
+        tell: Callable[[str], None] = lambda text: None,
+    ) -> None:
         self.replay = replay
         self.seed = seed
+        self.tell = tell
         self.samples = torch.zeros(0, dtype=torch.int64)
         self.estimate = torch.zeros(0, dtype=torch.float64)
         self.exact = torch.zeros(0, dtype=torch.float64)
@@ -65,13 +110,19 @@ class Ranking:
             top_k: how many of the strongest on each side the automatic ranking refines.
             verify: how many samples to replay exactly, half of them the strongest, half at random.
         """
-        self._begin(SgdIE() if estimator is None else estimator)
+        first = SgdIE() if estimator is None else estimator
+        prices = None
+        if first.name != EXACT and (verify or estimator is None):
+            prices = measure_prices(self.replay)
+            refined = 2 * top_k if estimator is None else 0
+            self.tell(plan(len(self.replay.samples), first.name, prices, refined, verify))
+        self._begin(first)
         if self.interrupted:
             return
         chosen = self._draw(verify - verify // 2)
         with self._until_interrupted():
-            if estimator is None:
-                self._refine(top_k, chosen)
+            if estimator is None and prices is not None:
+                self._refine(top_k, chosen, prices)
             self._replay_exactly(torch.cat([self._unverified(verify // 2), chosen]))
             for _ in range(_ROUNDS if estimator is None else 0):  # others rank high then
                 self._replay_exactly(self._doubtful(top_k))
@@ -106,10 +157,10 @@ class Ranking:
         self.at_random[picked] = True
         return self.samples[picked]
 
-    def _refine(self, top_k: int, also: Tensor) -> None:
+    def _refine(self, top_k: int, also: Tensor, prices: Prices) -> None:
         """Give the strongest on both sides a better figure, by whichever way is cheaper."""
         candidates = self.samples[strongest(self.estimate, 2 * top_k)]
-        if exact_is_cheaper(self.replay):
+        if prices.exact_is_cheaper:
             self._replay_exactly(candidates)
             return
         wanted = torch.unique(torch.cat([candidates, also]))

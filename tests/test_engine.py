@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset, random_split
 
 from lightning_accie import (
     AccSgdIE,
+    DescribeError,
     InfluenceCallback,
     InfluenceEngine,
     LeaveOneOut,
@@ -462,17 +463,39 @@ def test_an_error_in_describe_comes_before_the_work(
         engine.estimate(describe=lambda sample: {"influence": 1})
 
 
+def described_fit(root: Path, describe: Any, **callback: Any) -> InfluenceCallback:
+    return fit(
+        root,
+        Classifier(smooth_net(), sgd()),
+        DataLoader(classification(24), 6),
+        DataLoader(classification(11, seed=3), 7),
+        callback={"run": "fit_end", "verify": 2, "top_k": 1, "describe": describe, **callback},
+    )
+
+
+def test_describe_is_tried_when_fit_starts(tmp_path: Path) -> None:
+    module = Classifier(smooth_net(), sgd())
+    train = DataLoader(classification(24), 6, sampler=range(5, 24))
+    valid = DataLoader(classification(11, seed=3), 7)
+    given: dict[str, Any] = {"run": "fit_end", "describe": lambda sample: {}[1]}
+    with pytest.raises(DescribeError, match="`describe` failed on sample 5: KeyError"):
+        fit(tmp_path, module, train, valid, callback=given)
+    assert module.trainer.global_step == 1
+    # Nobody describes anything where nothing is ranked.
+    assert described_fit(tmp_path, given["describe"], run="manual", overwrite=True).directory
+
+
 def test_an_error_in_describe_does_not_end_fit(tmp_path: Path) -> None:
+    seen: list[Any] = []
+
+    def describe(sample: Any) -> dict[str, Any]:
+        seen.append(sample)
+        return {} if len(seen) == 1 else {}[1]
+
     with pytest.warns(
         UserWarning, match=r"without the columns of `describe=`.*failed on sample 0: KeyError"
     ):
-        influence = fit(
-            tmp_path,
-            Classifier(smooth_net(), sgd()),
-            DataLoader(classification(24), 6),
-            DataLoader(classification(11, seed=3), 7),
-            callback={"run": "fit_end", "verify": 2, "top_k": 1, "describe": lambda sample: {}[1]},
-        )
+        influence = described_fit(tmp_path, describe)
     assert influence.scores is not None
     assert influence.scores.columns == {}
 

@@ -379,9 +379,18 @@ def test_what_cannot_be_differentiated_is_refused_within_the_first_step(
     assert module.trainer.global_step == 1
     module = Logs(what, **settings)
     engine, _ = opened(tmp_path, module, loader(), monitor="it")  # recording alone is no question
-    with pytest.raises(QueryError, match=message):
+    with pytest.raises(QueryError, match=message) as refusal:
         engine.estimate(verify=0)
+    named = case in ("detached", "accuracy", "flat")
+    assert ('with a gradient: use `monitor="another"`.' in str(refusal.value)) == named
     assert engine.estimate("another", verify=0).info["query"] == "another"
+
+
+@pytest.mark.parametrize("what", [accuracy, flat], ids=["accuracy", "flat"])
+def test_a_function_without_a_slope_is_told_what_to_return(tmp_path: Path, what: Any) -> None:
+    engine, _ = opened(tmp_path, Classifier(smooth_net(), sgd()), loader())
+    with pytest.raises(QueryError, match=r"Return the mean loss of the batch"):
+        engine.estimate(lambda module, batch: what(module, module.net(batch[0]), batch[1]))
 
 
 class Counted(TensorDataset):

@@ -25,6 +25,7 @@ from lightning_accie.capture.sink import FirstStepWatch, FurtherRankSink, Guarde
 from lightning_accie.capture.support import check_trainer
 from lightning_accie.capture.training_data import DataCapture
 from lightning_accie.data import validation_loaders
+from lightning_accie.described import Describe
 from lightning_accie.errors import InfluenceError, TrajectoryError, UnsupportedError
 from lightning_accie.query import QueryFunction, check_query
 from lightning_accie.replay.module import SampleLosses, TrainingProgram
@@ -60,6 +61,7 @@ class RecordingSettings:
     disk_budget: int
     sample_losses: SampleLosses | None
     query_dataloader: Any
+    describe: Describe | None
     full_precision: bool
 
 
@@ -244,7 +246,9 @@ class Recording:
             Whether this is done, so that the ends of later batches do not matter.
 
         Raises:
-            UnsupportedError: if it cannot be replayed, or the monitor not measured.
+            UnsupportedError: if it cannot be replayed.
+            QueryError: if the monitor cannot be measured.
+            DescribeError: if ``describe`` fails.
         """
         first = self._first
         if first is None or first.step is None or self._recorder is None:
@@ -270,6 +274,7 @@ class Recording:
                     sample_losses=self._settings.sample_losses,
                     probe=self._settings.probe,
                     check_query=self._query_check(),
+                    describe=self._settings.describe if self._settings.analyses else None,
                     device=device,
                     full_precision=self._settings.full_precision,
                 )

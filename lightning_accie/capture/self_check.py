@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from lightning_accie.described import Describe, described
 from lightning_accie.errors import ReplayMismatchError, UnsupportedError
 from lightning_accie.replay import random_state
 from lightning_accie.replay.batches import Batches
@@ -75,6 +76,7 @@ def check_first_step(
     sample_losses: SampleLosses | None = None,
     probe: Callable[[Visit], None] | None = None,
     check_query: QueryCheck | None = None,
+    describe: Describe | None = None,
     device: torch.device | None = None,
     full_precision: bool = False,
 ) -> LossForm:
@@ -89,6 +91,7 @@ def check_first_step(
         sample_losses: the user's per-sample losses, or None.
         probe: what the estimator computes at a step (`Estimator.probe`), tried here.
         check_query: tries the query, given the replayed module and the state after the step.
+        describe: the user's columns, tried on the first sample here; None where nobody will ask.
         device: where training runs.
         full_precision: see `TrainingProgram`.
 
@@ -97,6 +100,7 @@ def check_first_step(
 
     Raises:
         UnsupportedError: with the reason, if the step cannot be replayed or split.
+        DescribeError: if ``describe`` fails.
     """
     cuda = device if device is not None and device.type == "cuda" else None
     with random_state.isolated(cuda), torch.compiler.set_stance("force_eager"):
@@ -135,7 +139,14 @@ def check_first_step(
             check_derivatives(probe, visit)
         if check_query is not None:
             check_query(program, walker.final())
+        if describe is not None:
+            described(describe, _first_sample(first, source), source.sample)
     return form
+
+
+def _first_sample(first: FirstStep, source: Batches) -> list[int]:
+    numbers = [source.sample_numbers(micro).tolist() for micro in first.step(0).micro_batches]
+    return [number for part in numbers for number in part][:1]
 
 
 def _left_out(names: Sequence[str]) -> str:

@@ -67,6 +67,8 @@ class _Report:
             if max(self._widths(console, [*own, name])) <= width:
                 own.append(name)
         yield Text(words.headline(self.scores), style="bold")
+        for line in words.reserves(self.scores):
+            yield Text(line, style="bold yellow")
         tables = self._tables(own)
         if sum(self._widths(console, own)) + _GAP <= width:
             grid = Table.grid(padding=(0, _GAP, 0, 0))

@@ -10,6 +10,9 @@ from lightning_accie.reports.media import ReadSample, pictures
 from lightning_accie.reports.metrics import scalars
 from lightning_accie.scores import InfluenceScores
 
+_TOLD = 3
+"""Columns of the user's that stand in an image's name."""
+
 
 def report(
     scores: InfluenceScores,
@@ -22,7 +25,8 @@ def report(
 ) -> None:
     """Log everything that TensorBoard can show.
 
-    Images are called by their place (``top_harmful/01``), which is ``#`` in the tables.
+    Images are called by their place, which is ``#`` in the tables, and by what stands there beside it
+    (``top_harmful/01 sample 724 -4.74e-03 label=8``).
 
     Args:
         scores: what was found.
@@ -35,7 +39,9 @@ def report(
     logger.log_metrics(scalars(scores, namespace), step=step)
     writer = logger.experiment
     trust = "\n".join(f"* {_escaped(line.strip())}" for line in words.trust(scores))
-    writer.add_text(f"{namespace}/summary", f"{_escaped(words.headline(scores))}\n\n{trust}", step)
+    reserves = "".join(f"**{_escaped(line)}**\n\n" for line in words.reserves(scores))
+    headline = _escaped(words.headline(scores))
+    writer.add_text(f"{namespace}/summary", f"{headline}\n\n{reserves}{trust}", step)
     known = scores.influence[scores.influence.isfinite()]
     if len(known):
         writer.add_histogram(f"{namespace}/distribution", known.numpy(), step)
@@ -46,11 +52,18 @@ def report(
     for name, (title, top) in sides.items():
         writer.add_text(f"{namespace}/{name}", _markdown(title, top), step)
     for name, (_, top) in sides.items():
-        for place, image in enumerate(pictures(sample, top.index), start=1):
+        for image, row in zip(pictures(sample, top.index), words.cells(top), strict=True):
             if image is not None:
-                tag = f"{namespace}/{name}/{place:02d}"
+                tag = f"{namespace}/{name}/{_caption(row, top)}"
                 writer.add_image(tag, image, step, dataformats="HWC")
     writer.flush()
+
+
+def _caption(row: list[str], top: InfluenceScores) -> str:
+    place, index, influence, *_ = row
+    own = zip(top.columns, row[len(words.COLUMNS) :], strict=True)
+    told = [f"{words.clean(name)}={value}" for name, value in own if value]
+    return " ".join([f"{int(place):02d} sample {index} {influence}", *told[:_TOLD]])
 
 
 def _markdown(title: str, top: InfluenceScores) -> str:

@@ -15,6 +15,8 @@ COLUMNS = ("#", "sample", "influence", "exact", "visits")
 LEGEND = "exact: ✓ = replayed without the sample, ? = estimate not to be relied on"
 
 _LONGEST_CELL = 28
+_ENOUGH = 8
+"""Samples that it takes to tell an order from chance."""
 
 
 def headline(scores: InfluenceScores) -> str:
@@ -83,6 +85,15 @@ def cells(scores: InfluenceScores) -> list[list[str]]:
     return rows
 
 
+def reserves(scores: InfluenceScores) -> list[str]:
+    """Say plainly where the ranking is not to be relied on.
+
+    Returns:
+        Sentences to be read before the ranking; none where nothing speaks against it.
+    """
+    return [line for line in (_lost_in_rounding(scores), *_by_chance(scores)) if line]
+
+
 def trust(scores: InfluenceScores) -> list[str]:
     """Say how far the figures can be trusted.
 
@@ -104,13 +115,48 @@ def trust(scores: InfluenceScores) -> list[str]:
         )
     noise = scores.info.get("noise_floor")
     if noise is not None and math.isfinite(noise):
-        lines.append(f"Exact replays are rounded to ±{noise:.0e}; less than that means nothing.")
+        lines.append(
+            f"Exact replays are rounded to ±{noise:.0e}, and to more where that flips a ReLU."
+        )
     doubtful = int((~scores.trusted).sum())
     if doubtful:
         lines.append(f"Estimates not to be relied on, and not replayed either: {doubtful}.")
     if scores.info.get("interrupted"):
         lines.append("The analysis was interrupted: this is what it had found by then.")
     return lines
+
+
+def _lost_in_rounding(scores: InfluenceScores) -> str:
+    noise = scores.info.get("noise_floor")
+    known = scores.influence[scores.influence.isfinite()].abs()
+    if noise is None or not len(known) or not float(known.max()) <= noise:
+        return ""
+    return (
+        f"Do not rely on this ranking: the strongest influence ({float(known.max()):.0e}) is no larger "
+        f"than the rounding of exact replays (±{noise:.0e}). Train with "
+        '`Trainer(precision="64-true")` to tell the examples apart.'
+    )
+
+
+def _by_chance(scores: InfluenceScores) -> list[str]:
+    """One sentence for each estimator whose order says nothing of the exact one."""
+    replayed = ~scores.exact.isnan()
+    alone = {name for name, known in zip(scores.estimator, replayed, strict=True) if not known}
+    return [
+        f"Do not rely on the order of examples without ✓: {found.estimator} agrees with exact replay "
+        f"of {found.count} samples no better than chance may (Kendall τ {found.kendall_tau:.2f}). "
+        "Look at those with ✓ alone, or replay more of them (`verify=`, `top_k=`)."
+        for found in scores.agreement
+        if found.sample == "verified" and found.estimator in alone and _may_be_chance(found)
+    ]
+
+
+def _may_be_chance(found: Agreement) -> bool:
+    """Whether τ is within two standard deviations of what independent rankings give."""
+    n = found.count
+    if n < _ENOUGH or math.isnan(found.kendall_tau):
+        return False
+    return found.kendall_tau < 2 * math.sqrt(2 * (2 * n + 5) / (9 * n * (n - 1)))
 
 
 def clean(text: Any) -> str:
@@ -161,7 +207,7 @@ def _figures(found: Agreement) -> str:
         "Kendall τ": found.kendall_tau,
         "Spearman": found.spearman,
         "relative RMSE": found.relative_rmse,
-        f"top-{found.jaccard_k} overlap": found.jaccard,
+        f"Jaccard@{found.jaccard_k}": found.jaccard,
     }
     known = [f"{name} {value:.2f}" for name, value in figures.items() if not math.isnan(value)]
     if not math.isnan(found.sign_agreement):

@@ -56,15 +56,28 @@ class DriftsApart(Synchronised):
             self.optimizers().param_groups[0]["lr"] = 0.05 + 0.01 * self.global_rank  # type: ignore[union-attr]
 
 
-def breaks(sample: Any) -> dict[str, Any]:
+class AfterTheTrial:
+    """A `describe=` that takes the sample it is tried on when `fit` starts, and no other."""
+
+    def __init__(self, fault: Callable[[], Any]) -> None:
+        self.fault, self.calls = fault, 0
+
+    def __call__(self, sample: Any) -> dict[str, Any]:
+        self.calls += 1
+        if self.calls > 1:
+            self.fault()
+        return {}
+
+
+def breaks(sample: Any = None) -> Any:
     raise ValueError("no such label")
 
 
-def interrupts(sample: Any) -> dict[str, Any]:
+def interrupts() -> None:
     raise KeyboardInterrupt
 
 
-def dies(sample: Any) -> dict[str, Any]:
+def dies() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
     raise AssertionError
 
@@ -139,7 +152,8 @@ FAULTS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "hook": lambda root: attempt(root, case(CASES["plain"].make, **strategy(ddp_comm_hook=hook))),
     "drift": lambda root: attempt(root, case(lambda: DriftsApart(smooth_net(), PLAIN))),
     "describe": lambda root: attempt(root, CASES["plain"], describe=breaks),
-    "interrupt": lambda root: attempt(root, CASES["plain"], describe=interrupts),
+    "describes-later": lambda root: attempt(root, CASES["plain"], describe=AfterTheTrial(breaks)),
+    "interrupt": lambda root: attempt(root, CASES["plain"], describe=AfterTheTrial(interrupts)),
     "full-disk": lambda root: full_disk(root, CASES["plain"]),
     "small-budget": lambda root: attempt(root, CASES["plain"], disk_budget=10),
 }
@@ -156,5 +170,5 @@ def main(root: Path) -> None:
 
 
 def killed_in_analysis(root: Path) -> None:
-    found = attempt(root / "killed-in-analysis", CASES["plain"], describe=dies)
+    found = attempt(root / "killed-in-analysis", CASES["plain"], describe=AfterTheTrial(dies))
     (root / f"killed-in-analysis-{RANK}.json").write_text(json.dumps(found))

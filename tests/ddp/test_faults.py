@@ -41,6 +41,11 @@ def engine(directory: Path) -> InfluenceEngine:
         ("hidden-hand", "UnsupportedError", "`on_before_optimizer_step`"),
         ("all-gather", "UnsupportedError", "`all_gather`"),
         ("monitor", "QueryError", "which logs `val_loss`"),
+        (
+            "describe",
+            "DescribeError",
+            r"`describe` failed on sample \d+: ValueError: no such label",
+        ),
         ("buffers", "UnsupportedError", r"broadcast_buffers=False"),
         ("hook", "UnsupportedError", "ddp_comm_hook"),
         ("small-budget", "TrajectoryError", "Raise disk_budget"),
@@ -54,7 +59,7 @@ def test_every_rank_raises_the_same(outcomes: Any, fault: str, error: str, words
 
 
 def test_an_error_in_the_users_function_is_a_warning(outcomes: Any) -> None:
-    ranks = outcomes("describe")
+    ranks = outcomes("describes-later")
     assert [rank["scores"] for rank in ranks] == [True, True]
     assert "failed on sample 0: ValueError: no such label" in ranks[0]["warnings"][0]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -124,7 +125,7 @@ def test_the_agreement_is_told_in_words() -> None:
     # ‖estimate - exact‖ = √3.5 = 1.80, ‖exact‖ = √50.75
     assert (
         "acc-sgd-ie against exact replay of 6 samples (3 strongest, 3 at random): Kendall τ 1.00, "
-        "Spearman 1.00, relative RMSE 0.25, top-1 overlap 1.00, same sign 83%. "
+        "Spearman 1.00, relative RMSE 0.25, Jaccard@1 1.00, same sign 83%. "
         "Those at random alone: Kendall τ 1.00, Spearman 1.00, relative RMSE 0.30, "
     ) in text
     one = measure(doubles(1), doubles(1), estimator="x")
@@ -134,7 +135,8 @@ def test_the_agreement_is_told_in_words() -> None:
 
 def test_every_reserve_is_told() -> None:
     text = words(printed(small_scores(info={"noise_floor": 2e-9, "interrupted": True})))
-    assert "Exact replays are rounded to ±2e-09" in text
+    assert "Exact replays are rounded to ±2e-09, and to more" in text
+    assert "Do not rely" not in text
     assert "Estimates not to be relied on, and not replayed either: 1." in text
     assert "The analysis was interrupted" in text
 
@@ -147,6 +149,33 @@ def test_every_reserve_is_told() -> None:
     text = words(printed(small_scores(agreement=(), **replayed)))
     assert "Every figure comes from an exact replay." in text
     assert "No estimate" not in text
+
+
+def test_influences_within_the_rounding_are_no_ranking() -> None:
+    lines = printed(small_scores(info={"query": "val_loss", "noise_floor": 3.0}), width=200)
+    assert lines[1].startswith(
+        "Do not rely on this ranking: the strongest influence (3e+00) is no larger than the rounding "
+        "of exact replays (±3e+00)."
+    )
+
+
+@pytest.mark.parametrize(
+    ("count", "tau", "told"),
+    [(8, 0.0, True), (8, -1.0, True), (8, 1.0, False), (7, 0.0, False), (30, 0.2, True),
+     (30, 0.3, False)],
+)  # fmt: skip
+def test_an_order_by_chance_is_called_so(count: int, tau: float, told: bool) -> None:
+    found = replace(
+        measure(doubles(1, 2), doubles(1, 2), estimator="sgd-ie"), count=count, kendall_tau=tau
+    )
+    text = words(printed(small_scores(agreement=(found,))))
+    advice = f"sgd-ie agrees with exact replay of {count} samples no better than chance may"
+    assert (advice in text) == told
+    # Where every figure is exact, or another estimator's, its order does not matter.
+    exact = {"exact": torch.ones(7).double(), "influence": torch.ones(7).double()}
+    assert advice not in words(printed(small_scores(agreement=(found,), **exact)))
+    others = {"estimator": ("acc-sgd-ie",) * 7}
+    assert advice not in words(printed(small_scores(agreement=(found,), **others)))
 
 
 def test_a_terminal_without_unicode_gets_question_marks() -> None:

@@ -162,11 +162,18 @@ def test_tensorboard_images(tmp_path: Path) -> None:
         assert (image == image[0, 0, 0]).all()
         shown[tag] = int(image[0, 0, 0])
     assert shown == {
-        "influence/top_harmful/01": 4,
-        "influence/top_harmful/02": 2,
-        "influence/top_helpful/01": 1,
-        "influence/top_helpful/02": 7,
+        "influence/top_harmful/01 sample 4 -3.00e+00 label=d": 4,
+        "influence/top_harmful/02 sample 2 -1.00e+00 label=c": 2,
+        "influence/top_helpful/01 sample 1 +2.00e+00 label=b": 1,
+        "influence/top_helpful/02 sample 7 +5.00e-01 label=f": 7,
     }
+
+
+def test_tensorboard_says_first_what_speaks_against_a_ranking(tmp_path: Path) -> None:
+    logger = TensorBoardLogger(tmp_path, name=None, version="run")
+    report(logger, small_scores(info={"query": "val_loss", "noise_floor": 5.0}))
+    lines = text(events(tmp_path / "run"), "summary").splitlines()
+    assert lines[2].startswith("**Do not rely on this ranking: the strongest influence (3e+00)")
 
 
 def test_tensorboard_without_images_or_figures(tmp_path: Path) -> None:

@@ -1,0 +1,75 @@
+"""What a ranking announces, and which of its figures it does not trust."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from lightning_accie.estimators.measure import Prices
+from lightning_accie.ranking import plan
+from tests.problems import Classifier, classification, record, sgd, smooth_net
+
+EXACT_CHEAPER, ACC_CHEAPER = Prices(exact=2.0, acc=3.0), Prices(exact=20.0, acc=1.0)
+
+
+@pytest.mark.parametrize(
+    ("prices", "refined", "verify", "words"),
+    [
+        (
+            EXACT_CHEAPER,
+            50,
+            20,
+            "exact replay of 50 of the strongest and 10 at random, which takes about 2 min",
+        ),
+        (
+            EXACT_CHEAPER,
+            10,
+            40,
+            "exact replay of 20 of the strongest and 20 at random, which takes about 80 s",
+        ),
+        (EXACT_CHEAPER, 50, 0, "exact replay of 50 of the strongest, which takes about 100 s"),
+        (
+            EXACT_CHEAPER,
+            0,
+            5,
+            "exact replay of 2 of the strongest and 3 at random, which takes about 10 s",
+        ),
+        (
+            ACC_CHEAPER,
+            50,
+            20,
+            "ACC-SGD-IE of 60 samples, then exact replay of 10 of the strongest and 10 at random, "
+            "which takes about 8 min",
+        ),
+        (ACC_CHEAPER, 900, 1000, "exact replay of 300 of the strongest, which takes about 105 min"),
+        (
+            ACC_CHEAPER,
+            0,
+            4,
+            "then exact replay of 2 of the strongest and 2 at random, which takes about 80 s",
+        ),
+    ],
+)
+def test_the_plan(prices: Prices, refined: int, verify: int, words: str) -> None:
+    text = plan(300, "sgd-ie", prices, refined, verify)
+    assert text.startswith("Influence analysis: sgd-ie, then ")
+    assert words in text
+
+
+def test_the_plan_is_told_and_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    engine = record(
+        tmp_path, Classifier(smooth_net(), sgd()), classification(24), classification(11)
+    )
+    with caplog.at_level("INFO"):
+        scores = engine.estimate(verify=6, top_k=2)
+    (told,) = [line for line in caplog.messages if "which takes about" in line]
+    found = re.search(r"(\d+) of the strongest and (\d+) at random", told)
+    assert found is not None
+    assert scores.replayed == int(found[1]) + int(found[2])
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        engine.estimate(verify=0, estimator="sgd-ie")
+        engine.estimate(verify=6, estimator="leave-one-out")
+    assert not [line for line in caplog.messages if "which takes about" in line]
