@@ -259,7 +259,7 @@ class Recorder:
         if loss is None:
             self._computed = True  # no backward pass follows
         else:
-            call[-1] = loss.item()
+            call[-1] = _read(loss)
         self._window.append(call)
         self._window_step = global_step
         # What comes between two epochs draws: samplers, and the seeds of workers.
@@ -387,6 +387,11 @@ def _micro_batch(call: _Call) -> MicroBatch:
         batch=number,
         prints=prints if number is None else None,
     )
+
+
+def _read(loss: torch.Tensor) -> Any:
+    """A loss as a number; on another device as a copy, for which no step has to wait."""
+    return loss.item() if loss.is_cpu else loss.detach().clone()
 
 
 def _loss_of(output: Any) -> torch.Tensor | None:

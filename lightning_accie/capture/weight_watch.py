@@ -15,6 +15,7 @@ Two things tell, both nearly free:
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from lightning_accie.errors import UnsupportedError
 
 _LOOKS = 2
+_version_of = attrgetter("_version")
 _OURS = ("lightning.", "pytorch_lightning.", "lightning_accie.")
 
 
@@ -142,7 +144,7 @@ class WeightWatch:
         )
 
     def _now(self) -> list[int]:
-        return [parameter._version for parameter in self._parameters]
+        return list(map(_version_of, self._parameters))
 
     def _summed(self) -> list[Tensor]:
         """Two sums of each parameter, which tell other values without keeping a copy."""
