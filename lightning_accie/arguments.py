@@ -157,6 +157,7 @@ _RULES: dict[str, _Rule] = {
     "query_dataloader": (_loaders, "a DataLoader, or a collection of them"),
     "describe": (_function, "a callable(sample) -> dict"),
     "loss_column": (_yes_or_no, "True or False"),
+    "resume": (_yes_or_no, "True or False"),
     "console": (_yes_or_no, "True or False"),
     "full_precision": (_yes_or_no, "True or False"),
     "seed": (_whole(0), "an integer of at least 0"),

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_debug, rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_debug, rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_accie.arguments import check_engine_arguments
@@ -32,8 +35,10 @@ from lightning_accie.replay.probe import check_derivatives, find_loss_form
 from lightning_accie.replay.stored import StoredSource
 from lightning_accie.replay.walker import Walker
 from lightning_accie.scores import InfluenceScores
+from lightning_accie.trajectory.files import MANIFEST
 from lightning_accie.trajectory.reader import Trajectory
 from lightning_accie.trajectory.sizes import parse_bytes
+from lightning_accie.unfinished import Unfinished
 
 At = int | str
 """Where a run ends for a ranking: ``"last"``, ``"best"``, or a number of steps."""
@@ -315,8 +320,12 @@ class InfluenceEngine:
         seed: int = 0,
         describe: Describe | None = None,
         loss_column: bool = False,
+        resume: bool = True,
     ) -> InfluenceScores:
         """Rank training samples by their influence on the query.
+
+        What is finished of a long analysis is kept on disk, beside the trajectory, until it is
+        complete: one that was killed or interrupted goes on from there.
 
         Args:
             query: a name that ``validation_step`` logs, or ``callable(module, batch) -> scalar``;
@@ -332,6 +341,8 @@ class InfluenceEngine:
             seed: of the random choice of samples to verify.
             describe: ``callable(sample) -> dict``: the user's own columns, from what `sample` gives.
             loss_column: whether to add each sample's training loss as the column ``loss``.
+            resume: whether to go on with what an earlier analysis of the same has finished, or to begin
+                anew.
 
         Returns:
             The scores of every sample that the estimator covered.
@@ -351,6 +362,7 @@ class InfluenceEngine:
             seed=seed,
             describe=describe,
             loss_column=loss_column,
+            resume=resume,
         )
         chosen = resolve_estimator(estimator)
         with random_state.isolated(self._cuda), torch.compiler.set_stance("force_eager"):
@@ -368,9 +380,35 @@ class InfluenceEngine:
                 check_derivatives(chosen.probe, next(replay.walker.forwards()))
             # First of all: an error in the user's function comes at once, and none loses a ranking.
             columns = self._columns(replay, describe, loss_column)
-            ranking = Ranking(replay, seed, tell=rank_zero_info)
-            ranking.run(chosen, top_k=top_k, verify=verify)
+            with self._unfinished(replay, value, resume=resume) as kept:
+                ranking = Ranking(replace(replay, kept=kept), seed, tell=rank_zero_info)
+                ranking.run(chosen, top_k=top_k, verify=verify)
+                kept.write() if ranking.interrupted else kept.remove()
         return self._scores(replay, ranking, columns, value, estimator, at, ladder)
+
+    @contextmanager
+    def _unfinished(self, replay: Replay, value: float, *, resume: bool) -> Iterator[Unfinished]:
+        """What an analysis that is killed leaves, and finds again."""
+        trajectory = self.trajectory.directory
+        slope = replay.query.gradient(replay.final.state.visible)
+        size = sum(float(part.double().square().sum()) for part in slope.values()) ** 0.5
+        what = {
+            "trajectory": sha256((trajectory / MANIFEST).read_bytes()).hexdigest(),
+            "steps": len(replay.walker),
+            "query": [replay.query.name, f"{value:.4e}", f"{size:.4e}"],
+            "precision": self._program.analysis.name,
+        }
+        kept = Unfinished(trajectory.parent, what, resume=resume, warn=rank_zero_warn)
+        if kept.found:
+            rank_zero_info(
+                "Influence analysis: goes on with what an earlier one has finished "
+                f"({kept.directory}). `resume=False` begins anew."
+            )
+        try:
+            yield kept
+        except BaseException:
+            kept.write()
+            raise
 
     def _why_not_finite(self, replay: Replay) -> str:
         advice = "Train again with a smaller learning rate, or with `gradient_clip_val`."

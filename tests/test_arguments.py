@@ -74,6 +74,7 @@ ESTIMATE: dict[str, list[Any]] = {
     "seed": WHOLE,
     "describe": FUNCTION,
     "loss_column": YES_NO,
+    "resume": YES_NO,
 }
 CANDIDATES = [0, -1, 1.5, True, "all", [], [-1], [0.5], ["a"], [True], [[1, 2]], [None], object()]
 

@@ -19,7 +19,7 @@ ORDER = (
     ("data", "logged"),
     ("query",),
     ("estimators",),
-    ("ranking", "scores_files"),
+    ("ranking", "scores_files", "unfinished"),
     ("scores",),
     ("progress", "reports", "described"),
     ("capture", "arguments"),

@@ -35,6 +35,7 @@ from lightning_accie.trajectory.files import FOLDER
 from lightning_accie.trajectory.ranks import merged_step
 from lightning_accie.trajectory.records import Piece
 from lightning_accie.trajectory.writer import TrajectoryWriter
+from lightning_accie.unfinished import remove_unfinished
 
 
 @dataclass(frozen=True)
@@ -192,6 +193,7 @@ class Recording:
         if self._settings.overwrite and self.processes.first:
             # The scores of the run that was there are not this one's.
             remove_scores(self.directory)
+            remove_unfinished(self.directory)
         self._identity = header["id"]
         self._first = FirstStepWatch({**header, "resumed": []}, initial)
         guarded = (self._writer, self._first, self._stop)

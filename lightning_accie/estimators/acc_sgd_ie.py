@@ -26,13 +26,11 @@ from lightning_accie.estimators.base import (
     Candidates,
     Estimate,
     Estimator,
-    Interrupted,
     Replay,
     candidates_to_json,
     check_candidates,
-    sorted_samples,
 )
-from lightning_accie.estimators.chunks import choose, chunks
+from lightning_accie.estimators.chunks import choose, in_chunks
 from lightning_accie.replay.state import State, dot, pad_slots, zeros_like
 from lightning_accie.replay.walker import Visit
 
@@ -84,30 +82,23 @@ class AccSgdIE(Estimator):
             Interrupted: at Ctrl-C, with the chunks that were finished.
         """
         samples = choose(replay, self.candidates)
-        parts = list(chunks(replay, samples, copies=_COPIES))
-        figures: dict[str, Tensor] = {}
-        done: list[Tensor] = []
-        total = len(parts) * len(replay.walker)
-        with replay.progress.task(f"ACC-SGD-IE of {len(samples)} samples", total) as advance:
-            for part in parts:
-                try:
-                    measured = self._measure(replay, self._carry(replay, part, advance))
-                except KeyboardInterrupt:
-                    raise Interrupted(self._found(figures, sorted_samples(done))) from None
-                for name, value in measured.items():
-                    whole = figures.setdefault(name, torch.zeros(replay.span, dtype=torch.float64))
-                    whole[part] = value
-                done.append(part)
-        return self._found(figures, samples)
+        return in_chunks(
+            replay,
+            samples,
+            lambda part, advance: self._measure(replay, self._carry(replay, part, advance)),
+            self._found,
+            key=self.key,
+            copies=_COPIES,
+            title=f"ACC-SGD-IE of {len(samples)} samples",
+        )
 
-    def _found(self, figures: dict[str, Tensor], samples: Tensor) -> Estimate:
-        chosen = {name: value[samples] for name, value in figures.items()}
-        if not chosen:
+    def _found(self, samples: Tensor, figures: dict[str, Tensor]) -> Estimate:
+        if not figures:
             nothing = torch.zeros(0, dtype=torch.float64)
             return Estimate(self.name, samples, nothing, nothing.bool())
-        influence = chosen[self.query]
-        trusted = influence.isfinite() & (chosen["relative_change"] <= BLOW_UP)
-        return Estimate(self.name, samples, influence, trusted, extras=chosen)
+        influence = figures[self.query]
+        trusted = influence.isfinite() & (figures["relative_change"] <= BLOW_UP)
+        return Estimate(self.name, samples, influence, trusted, extras=figures)
 
     def probe(self, visit: Visit) -> None:
         """Carry one tangent along one step."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -12,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from lightning_accie.estimators.kept import Kept, NothingKept
 from lightning_accie.replay.state import Params
 from lightning_accie.replay.walker import Snapshot, Visit, Walker
 
@@ -72,6 +74,7 @@ class Replay:
         final: s_T.
         memory_budget: bytes that the vectorised part of an estimator may take.
         progress: where to tell how far the work is.
+        kept: where finished parts are kept, for an analysis that is killed.
     """
 
     walker: Walker
@@ -83,6 +86,7 @@ class Replay:
     final: Snapshot
     memory_budget: int
     progress: Progress = field(default_factory=NoProgress)
+    kept: Kept = field(default_factory=NothingKept)
 
     @property
     def span(self) -> int:
@@ -180,6 +184,12 @@ class Estimator(ABC):
         """
         return {}
 
+    @property
+    def key(self) -> str:
+        """Tells apart what gives different figures for the same sample: name and settings."""
+        settings = {n: v for n, v in self.settings().items() if n != "candidates"}
+        return f"{self.name} {json.dumps(settings, sort_keys=True)}" if settings else self.name
+
 
 def check_candidates(candidates: Candidates) -> Candidates:
     """Validate a ``candidates=`` argument.
@@ -225,17 +235,6 @@ def candidates_to_json(candidates: Candidates) -> Any:
         None, a count, or a list.
     """
     return candidates.tolist() if isinstance(candidates, Tensor) else candidates
-
-
-def sorted_samples(parts: Sequence[Tensor]) -> Tensor:
-    """Join chunks of sample numbers.
-
-    Returns:
-        The numbers, ascending.
-    """
-    if not parts:
-        return torch.zeros(0, dtype=torch.int64)
-    return torch.sort(torch.cat(list(parts))).values
 
 
 def strongest(influence: Tensor, count: int) -> Tensor:

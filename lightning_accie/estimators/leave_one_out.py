@@ -10,26 +10,27 @@ out nothing, so that q(θ_T) is rounded in the same way, and shows how large the
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_accie.estimators.base import (
+    Advance,
     Candidates,
     Estimate,
     Estimator,
-    Interrupted,
     Replay,
     candidates_to_json,
     check_candidates,
-    sorted_samples,
 )
-from lightning_accie.estimators.chunks import choose, chunks
+from lightning_accie.estimators.chunks import choose, in_chunks
 from lightning_accie.replay.state import stack
 from lightning_accie.replay.walker import Visit
 
 _NOTHING = torch.tensor([-1])
+_NONE = torch.zeros(0, dtype=torch.float64)
 _COPIES = 8
 
 
@@ -68,29 +69,24 @@ class LeaveOneOut(Estimator):
         Raises:
             Interrupted: at Ctrl-C, with the chunks that were finished.
         """
-        samples = choose(replay, self.candidates)
-        influence = torch.full((replay.span,), float("nan"), dtype=torch.float64)
-        parts = list(chunks(replay, samples, copies=_COPIES))
         recorded = replay.query.value(replay.final.state.visible)
-        kept: list[Tensor] = []
-        total = len(parts) * len(replay.walker)
-        done: list[Tensor] = []
 
-        def found(samples: Tensor) -> Estimate:
-            values = influence[samples]
-            noise = _noise(replay, recorded, kept)
-            return Estimate(self.name, samples, values, values.isfinite(), noise=noise)
+        def found(samples: Tensor, figures: dict[str, Tensor]) -> Estimate:
+            without, everything = figures.get("without", _NONE), figures.get("everything", _NONE)
+            influence = without - everything
+            noise = _noise(replay, recorded, everything)
+            return Estimate(self.name, samples, influence, influence.isfinite(), noise=noise)
 
-        with replay.progress.task(f"exact replay of {len(samples)} samples", total) as advance:
-            for part in parts:
-                try:
-                    values = self._replay(replay, part, advance)
-                except KeyboardInterrupt:
-                    raise Interrupted(found(sorted_samples(done))) from None
-                influence[part] = values[:-1] - values[-1]
-                kept.append(values[-1])
-                done.append(part)
-        return found(samples)
+        samples = choose(replay, self.candidates)
+        return in_chunks(
+            replay,
+            samples,
+            partial(self._replay, replay),
+            found,
+            key=self.key,
+            copies=_COPIES,
+            title=f"exact replay of {len(samples)} samples",
+        )
 
     def probe(self, visit: Visit) -> None:
         """Replay one step without a sample."""
@@ -98,8 +94,8 @@ class LeaveOneOut(Estimator):
         if len(removed):
             replace(visit.map, vectorize=False).advance_many(stack(visit.state, 1), removed)
 
-    def _replay(self, replay: Replay, samples: Tensor, advance: Any) -> Tensor:
-        """q(θ^{-j}_T) for one chunk, and q(θ_T) in its last row."""
+    def _replay(self, replay: Replay, samples: Tensor, advance: Advance) -> dict[str, Tensor]:
+        """q(θ^{-j}_T) of one chunk, and q(θ_T) as that chunk's last row has it."""
         removed = torch.cat([samples, _NOTHING])
         begin = int(replay.first[replay.positions(samples)].min())
         states = None
@@ -110,16 +106,17 @@ class LeaveOneOut(Estimator):
                 states = visit.map.advance_many(states, removed)
             advance(1)
         assert states is not None
-        return replay.query.values(states.visible)
+        values = replay.query.values(states.visible)
+        return {"without": values[:-1], "everything": values[-1].expand(len(samples))}
 
 
-def _noise(replay: Replay, recorded: float, kept: list[Tensor]) -> float:
+def _noise(replay: Replay, recorded: float, everything: Tensor) -> float:
     """The rounding error of an exact influence.
 
     Args:
         replay: the run.
         recorded: q(θ_T) of the recorded run.
-        kept: q(θ_T) of the rows that left out nothing, one a chunk.
+        everything: ``[k]`` q(θ_T) of the rows that left out nothing, for each sample its chunk's.
 
     Returns:
         How far those are off, and at least one rounding of q itself.
@@ -127,7 +124,7 @@ def _noise(replay: Replay, recorded: float, kept: list[Tensor]) -> float:
     program = replay.walker.program
     parameter = next(iter(program.parameters.values()))
     least = torch.finfo(parameter.dtype).eps * abs(recorded)
-    again = [float(value) for value in kept]
+    again = everything.tolist()
     # In another precision than training's the rows follow another run, equally far from it all.
     base = recorded if program.analysis == program.recorded else next(iter(again), recorded)
     off = max((abs(value - base) for value in again), default=0.0)

@@ -13,15 +13,66 @@ One backward walk ranks every sample: the result is -dq/dw_i, with w_i shared by
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from lightning_accie.estimators.base import Estimate, Estimator, Replay
+from lightning_accie.estimators.kept import Regularly
 from lightning_accie.replay.state import State, zeros_like
 from lightning_accie.replay.step import StepMap
 from lightning_accie.replay.walker import Visit
+
+KEEP_EVERY = 60.0
+"""Seconds after which the state of a walk is kept."""
+
+
+@dataclass
+class _Walk:
+    """How far a backward walk has come.
+
+    Attributes:
+        step: t.
+        cotangent: λ_t.
+        influence: ``[span]`` float64, -Σ γ over the steps from t on.
+    """
+
+    step: int
+    cotangent: State
+    influence: Tensor
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {
+            "step": torch.tensor(self.step),
+            "influence": self.influence.clone(),  # the walk goes on adding to it
+            **{f"params/{name}": value for name, value in self.cotangent.params.items()},
+            **{
+                f"slots/{name}/{slot}": value
+                for name, slots in self.cotangent.slots.items()
+                for slot, value in slots.items()
+            },
+            **{f"statistics/{name}": value for name, value in self.cotangent.statistics.items()},
+        }
+
+    @staticmethod
+    def of(kept: Mapping[str, Tensor], like: State) -> _Walk:
+        """Read `tensors`, in the order that ``like`` has."""
+        leaf = next(iter(like.params.values()))
+
+        def read(name: str) -> Tensor:
+            return kept[name].to(leaf.device)
+
+        cotangent = State(
+            {name: read(f"params/{name}") for name in like.params},
+            {
+                name: {s: read(f"slots/{name}/{s}") for s in slots if f"slots/{name}/{s}" in kept}
+                for name, slots in like.slots.items()
+            },
+            {name: read(f"statistics/{name}") for name in like.statistics},
+        )
+        return _Walk(int(kept["step"]), cotangent, kept["influence"].clone())
 
 
 class SgdIE(Estimator):
@@ -45,21 +96,32 @@ class SgdIE(Estimator):
             finite or larger than what the whole run did to the query, which is no small change any
             more.
         """
+        walk = self._resumed(replay) or self._begun(replay)
+        keep = Regularly(KEEP_EVERY)
+        with replay.progress.task(self._description(), walk.step) as advance:
+            for visit in replay.walker.backwards(before=walk.step):
+                pull = visit.map.vjp if self.curvature else visit.map.vjp_without_curvature
+                walk.cotangent, by_weight = pull(visit.state, walk.cotangent)
+                walk.influence.index_add_(0, visit.map.samples, -by_weight.double().cpu())
+                walk.step = visit.step
+                keep(lambda: replay.kept.replace(self.key, walk.tensors()))
+                advance(1)
+        replay.kept.replace(self.key, walk.tensors())
+        values = walk.influence[replay.samples]
+        return Estimate(self.name, replay.samples, values, self._trusted(replay, values))
+
+    def _resumed(self, replay: Replay) -> _Walk | None:
+        """Where an earlier analysis was when it was killed."""
+        walks = [_Walk.of(kept, replay.final.state) for kept in replay.kept.parts(self.key)]
+        return min(walks, key=lambda walk: walk.step, default=None)
+
+    def _begun(self, replay: Replay) -> _Walk:
         final = replay.final.state
         zero = zeros_like(final)
         gradient = {**zero.visible, **replay.query.gradient(final.visible)}
         statistics = {name: gradient.pop(name) for name in final.statistics}
-        cotangent = State(gradient, zero.slots, statistics)
         influence = torch.zeros(replay.span, dtype=torch.float64)
-        steps = len(replay.walker)
-        with replay.progress.task(self._description(), steps) as advance:
-            for visit in replay.walker.backwards():
-                pull = visit.map.vjp if self.curvature else visit.map.vjp_without_curvature
-                cotangent, by_weight = pull(visit.state, cotangent)
-                influence.index_add_(0, visit.map.samples, -by_weight.double().cpu())
-                advance(1)
-        values = influence[replay.samples]
-        return Estimate(self.name, replay.samples, values, self._trusted(replay, values))
+        return _Walk(len(replay.walker), State(gradient, zero.slots, statistics), influence)
 
     def _trusted(self, replay: Replay, influence: Tensor) -> Tensor:
         """Where one sample moves q no further than the whole run did, or than q is from 0."""

@@ -164,14 +164,17 @@ class Walker:
             snapshot = self._advance(snapshot)[1]
         return snapshot
 
-    def backwards(self) -> Iterator[Visit]:
+    def backwards(self, before: int | None = None) -> Iterator[Visit]:
         """Walk from s_{T-1} down to s_0, recomputing segments that do not fit the memory budget.
+
+        Args:
+            before: begin at the step before this one instead.
 
         Yields:
             Every step, the last one first.
         """
         start = self.start()
-        yield from self._reversed(start, len(self), self._room())
+        yield from self._reversed(start, len(self) if before is None else before, self._room())
 
     def passes(self) -> int:
         """Count how often `backwards` runs each step forwards.
