@@ -10,12 +10,14 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_accie.estimators import ESTIMATORS, Estimator
+from lightning_accie.launch import STRATEGIES
 from lightning_accie.trajectory.reader import Trajectory
 from lightning_accie.trajectory.sizes import parse_bytes
 
 RUNS = ("fit_end", "manual")
 CAPTURES = ("auto", "indices", "batches")
 ENDS = ("last", "best")
+ACCELERATORS = ("auto", "cpu", "gpu", "cuda")
 
 
 def check_arguments(**given: Any) -> None:
@@ -150,6 +152,9 @@ _RULES: dict[str, _Rule] = {
         lambda value: isinstance(value, bool) or callable(getattr(value, "task", None)),
         "True, False, or an object with a method `task(description, total)`",
     ),
+    "devices": (_whole(1), "an integer of at least 1"),
+    "accelerator": (_one_of(*ACCELERATORS), f"one of {', '.join(map(repr, ACCELERATORS))}"),
+    "strategy": (_one_of(*STRATEGIES), f"one of {', '.join(map(repr, STRATEGIES))}"),
     "overwrite": (_yes_or_no, "True or False"),
     "disk_budget": _SIZE,
     "memory_budget": _SIZE,

@@ -23,7 +23,7 @@ from lightning_accie.query import QueryFunction
 from lightning_accie.replay.module import SampleLosses
 from lightning_accie.reports import report_all
 from lightning_accie.scores import InfluenceScores
-from lightning_accie.trajectory.files import FOLDER
+from lightning_accie.trajectory.files import FOLDER, MANIFEST
 from lightning_accie.trajectory.sizes import parse_bytes
 
 
@@ -296,33 +296,52 @@ class InfluenceCallback(CallbackBase):
     def _analysed(
         self, trainer: Any, pl_module: Any, recording: Recording, directory: Path
     ) -> InfluenceScores:
-        """Let rank 0 analyse the run."""
+        """Let rank 0 analyse the run, and the others take their shares where they can read it."""
         loaders, limits = None, None
         if self.query_dataloader is None:  # on every rank: it may be a collective call
             loaders, limits = fitted_validation(trainer)
-        train = recording.combined
-        return recording.processes.on_first(
-            lambda: self._analyse(trainer, pl_module, directory, train, loaders, limits)
-        )
 
-    def _analyse(
-        self, trainer: Any, pl_module: Any, directory: Path, train: Any, loaders: Any, limits: Any
-    ) -> InfluenceScores:
-        close_bar(trainer)
-        engine = InfluenceEngine(
+        def engine() -> InfluenceEngine:
+            return self._engine(trainer, pl_module, recording, directory, loaders, limits)
+
+        def lead() -> InfluenceScores:
+            return self._analyse(engine(), trainer, directory)
+
+        if not all(recording.processes.share((directory / FOLDER / MANIFEST).is_file())):
+            return recording.processes.on_first(
+                lead
+            )  # they are on other machines, without its disk
+        asked = (self.monitor, self.query_dataloader, self._at(trainer))
+        return recording.processes.lead(lead, lambda: engine().helper(*asked))
+
+    def _engine(
+        self,
+        trainer: Any,
+        pl_module: Any,
+        recording: Recording,
+        directory: Path,
+        loaders: Any,
+        limits: Any,
+    ) -> InfluenceEngine:
+        return InfluenceEngine(
             directory / FOLDER,
             pl_module,
-            train,
+            recording.combined,
             val_dataloaders=loaders,
             sample_losses=self.sample_losses,
             memory_budget=self._memory_budget,
             progress=progress_like(trainer),
             full_precision=self.full_precision,
+            check_data=recording.processes.first,
             device=trainer.strategy.root_device,
             live=trainer,
             datamodule=trainer.datamodule,
             val_limits=limits,
+            processes=recording.processes,
         )
+
+    def _analyse(self, engine: InfluenceEngine, trainer: Any, directory: Path) -> InfluenceScores:
+        close_bar(trainer)
         try:
             scores = self._estimated(engine, trainer, self.describe)
         except DescribeError as error:  # hours of training must not end with it
@@ -347,6 +366,9 @@ class InfluenceCallback(CallbackBase):
         )
         return scores
 
+    def _at(self, trainer: Any) -> str:
+        return "last" if trainer.fast_dev_run else self.at
+
     def _estimated(
         self, engine: InfluenceEngine, trainer: Any, describe: Describe | None
     ) -> InfluenceScores:
@@ -354,7 +376,7 @@ class InfluenceCallback(CallbackBase):
             self.monitor,
             self.estimator,
             query_dataloader=self.query_dataloader,
-            at="last" if trainer.fast_dev_run else self.at,
+            at=self._at(trainer),
             verify=self.verify,
             top_k=self.top_k,
             seed=self.seed,

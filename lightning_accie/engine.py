@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from hashlib import sha256
@@ -15,21 +16,23 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_debug, rank_zero_inf
 from torch import Tensor
 
 from lightning_accie.arguments import check_engine_arguments
-from lightning_accie.capture.snapshot import same_names
+from lightning_accie.crew import Crew, Order, serve
 from lightning_accie.data import set_up, training_loaders, validation_loaders
 from lightning_accie.described import Describe, described
 from lightning_accie.errors import QueryError, TrajectoryError
 from lightning_accie.estimators import Estimator, resolve_estimator
-from lightning_accie.estimators.base import NoProgress, Progress, Replay
+from lightning_accie.estimators.base import Alone, NoProgress, Progress, Replay
 from lightning_accie.estimators.losses import training_losses
 from lightning_accie.estimators.measure import Ladder, choose_ways
+from lightning_accie.launch import launch
+from lightning_accie.matching import check_module, check_sizes, why_not_finite
+from lightning_accie.processes import Processes
 from lightning_accie.progress import RichProgress
 from lightning_accie.query import ModuleQuery, QueryFunction
 from lightning_accie.ranking import Ranking
 from lightning_accie.replay import random_state
 from lightning_accie.replay.batches import Batches, BatchSource
 from lightning_accie.replay.data_check import compare_data
-from lightning_accie.replay.header import check_header
 from lightning_accie.replay.module import SampleLosses, TrainingProgram
 from lightning_accie.replay.probe import check_derivatives, find_loss_form
 from lightning_accie.replay.stored import StoredSource
@@ -38,7 +41,7 @@ from lightning_accie.scores import InfluenceScores
 from lightning_accie.trajectory.files import MANIFEST
 from lightning_accie.trajectory.reader import Trajectory
 from lightning_accie.trajectory.sizes import parse_bytes
-from lightning_accie.unfinished import Unfinished
+from lightning_accie.unfinished import Unfinished, directory_of
 
 At = int | str
 """Where a run ends for a ranking: ``"last"``, ``"best"``, or a number of steps."""
@@ -66,9 +69,18 @@ class InfluenceEngine:
             computed in the parameters' own precision rather than under the run's autocast. Their
             rounding is far smaller then, and the influence is that of the run without it. The
             recorded run itself is replayed as it was. Always so after ``"16-mixed"``.
+        devices: how many processes share the work, on this machine, each on a device of its own.
+            ACC-SGD-IE and exact replays are dealt out sample by sample; what walks the run once for
+            all samples (SGD-IE, TracIn) is computed by one of them.
+        accelerator: of these processes, as Lightning's Fabric takes it; ``"auto"`` is that of
+            ``device``.
+        strategy: how they are started: ``"ddp_fork"``, ``"ddp_notebook"`` or ``"ddp_spawn"``;
+            ``"auto"`` forks on the CPU and spawns elsewhere. To be spawned, ``module`` and ``data``
+            must be picklable, and the script guarded by ``if __name__ == "__main__":``.
         live: the Trainer, when called from inside it.
         datamodule: whose transfer hooks apply, where ``data`` is not itself the datamodule.
         val_limits: batches to take from each validation loader.
+        processes: those that this process leads, and that `serve`.
 
     Raises:
         TrajectoryError: if the trajectory cannot be read, is empty, or belongs to another module.
@@ -94,10 +106,15 @@ class InfluenceEngine:
         check_data: bool = True,
         progress: bool | Progress = True,
         full_precision: bool = False,
+        devices: int = 1,
+        accelerator: str = "auto",
+        strategy: str = "auto",
         live: Any = None,
         datamodule: Any = None,
         val_limits: list[int | float] | None = None,
+        processes: Processes | None = None,
     ) -> None:
+        self._given = {name: value for name, value in locals().items() if name != "self"}
         check_engine_arguments(
             trajectory=trajectory,
             module=module,
@@ -109,6 +126,9 @@ class InfluenceEngine:
             check_data=check_data,
             progress=progress,
             full_precision=full_precision,
+            devices=devices,
+            accelerator=accelerator,
+            strategy=strategy,
         )
         if not isinstance(trajectory, Trajectory):
             trajectory = Trajectory.open(trajectory)
@@ -119,8 +139,9 @@ class InfluenceEngine:
         if isinstance(progress, bool):
             progress = RichProgress() if progress else NoProgress()
         self._progress: Progress = progress
+        self._processes = Processes() if processes is None else processes
         self._val_limits = val_limits
-        self._check_module()
+        check_module(trajectory, module)
         set_up(data)
         device = torch.device(device)
         given = val_dataloaders if val_dataloaders is not None else data
@@ -140,45 +161,6 @@ class InfluenceEngine:
         self._cuda = self._program.device if self._program.device.type == "cuda" else None
         self._walker = Walker(trajectory, self._program, memory_budget=self.memory_budget // 2)
 
-    # ------------------------------------------------------------------ checks
-
-    def _check_module(self) -> None:
-        header = self.trajectory.header
-        if not len(self.trajectory):
-            raise TrajectoryError(
-                f"The trajectory {self.trajectory.directory} holds no complete training step "
-                f"({self.trajectory.reason or self.trajectory.status}), so there is nothing to "
-                "replay. Train again."
-            )
-        check_header(header, self.trajectory.directory)
-        parts = {name for name, _ in self.module.named_modules()}
-        differences = same_names(self.module, header) or self._other_buffers()
-        differences += [
-            f"`{name}` is missing" for name in header["eval_modules"] if name not in parts
-        ]
-        if differences:
-            shown = "; ".join(differences[:5]) + ("; …" if len(differences) > 5 else "")
-            double = header["precision"] == "64-true"
-            advice = ' and in double precision (`module.double()`), as `precision="64-true"` has it'
-            raise TrajectoryError(
-                f"The trajectory {self.trajectory.directory} was recorded with another module "
-                f"(`{header['module']}`): {shown}. Pass the module that was trained, built with the "
-                f"same hyper-parameters{advice if double else ''}."
-            )
-
-    def _other_buffers(self) -> list[str]:
-        """How the module's buffers differ from those recorded, in words."""
-        tensors = self.trajectory.checkpoint(0).tensors.items()
-        kept = {name.partition("/")[2]: t for name, t in tensors if name.startswith("buffers/")}
-        recorded = {name: tuple(tensor.shape) for name, tensor in kept.items()}
-        present = {name: tuple(buffer.shape) for name, buffer in self.module.named_buffers()}
-        return [
-            f"the buffer `{name}` has shape {present.get(name, 'missing')}, recorded "
-            f"{recorded.get(name, 'missing')}"
-            for name in sorted(recorded.keys() | present.keys())
-            if recorded.get(name) != present.get(name)
-        ]
-
     def _source(self, data: Any, device: torch.device) -> Batches:
         """Where the recorded batches come from."""
         cache = self.memory_budget // 4
@@ -190,17 +172,8 @@ class InfluenceEngine:
                 "samples, not the samples. Pass the training data as `data`."
             )
         loaders, assemble = training_loaders(data)
-        self._check_loaders([len(loader.dataset) for loader in loaders])  # type: ignore[arg-type]
+        check_sizes(self.trajectory, [len(loader.dataset) for loader in loaders])  # type: ignore[arg-type]
         return BatchSource(loaders, assemble, cache_bytes=cache)
-
-    def _check_loaders(self, sizes: list[int]) -> None:
-        recorded = [loader["samples"] for loader in self.trajectory.header["loaders"]]
-        if sizes != recorded:
-            raise TrajectoryError(
-                f"The training data hold {sizes} samples, but the trajectory was recorded with "
-                f"{recorded}. Pass the dataset that the model was trained on, not a cleaned or "
-                "changed one."
-            )
 
     # ------------------------------------------------------------------ the work
 
@@ -364,6 +337,9 @@ class InfluenceEngine:
             loss_column=loss_column,
             resume=resume,
         )
+        asked = {name: value for name, value in locals().items() if name in _ASKED}
+        if self._given["devices"] > 1:
+            return launch(InfluenceEngine, self._given, asked)
         chosen = resolve_estimator(estimator)
         with random_state.isolated(self._cuda), torch.compiler.set_stance("force_eager"):
             replay = self._replay(query, query_dataloader, at)
@@ -371,7 +347,7 @@ class InfluenceEngine:
             if not np.isfinite(value):
                 raise QueryError(
                     f"`{replay.query.name}` is {value} at the end of the run, so nothing can be "
-                    f"ranked by it: {self._why_not_finite(replay)}"
+                    f"ranked by it: {why_not_finite(self.trajectory, replay)}"
                 )
             ladder = choose_ways(replay)
             tell = rank_zero_info if ladder.reasons else rank_zero_debug
@@ -381,10 +357,46 @@ class InfluenceEngine:
             # First of all: an error in the user's function comes at once, and none loses a ranking.
             columns = self._columns(replay, describe, loss_column)
             with self._unfinished(replay, value, resume=resume) as kept:
-                ranking = Ranking(replace(replay, kept=kept), seed, tell=rank_zero_info)
+                ranking = Ranking(self._shared(replay, kept), seed, tell=rank_zero_info)
                 ranking.run(chosen, top_k=top_k, verify=verify)
                 kept.write() if ranking.interrupted else kept.remove()
         return self._scores(replay, ranking, columns, value, estimator, at, ladder)
+
+    # ------------------------------------------------------------------ several processes
+
+    def _shared(self, replay: Replay, kept: Unfinished) -> Replay:
+        """The run, with whoever takes a share of the work."""
+        alone = self._processes.count == 1
+        team = Alone() if alone else Crew(self._processes, kept.directory)
+        return replace(replay, kept=kept, team=team)
+
+    def helper(
+        self,
+        query: str | QueryFunction | None = None,
+        query_dataloader: Any = None,
+        at: At = "last",
+    ) -> Callable[[Order], Any]:
+        """What a process does that another one leads.
+
+        Args:
+            query: see `estimate`.
+            query_dataloader: see `estimate`.
+            at: see `estimate`.
+
+        Returns:
+            What takes rank 0's orders, for `Processes.lead`.
+        """
+        made: list[Replay] = []
+
+        def serve_order(order: Order) -> Any:
+            with random_state.isolated(self._cuda), torch.compiler.set_stance("force_eager"):
+                if not made:
+                    made.append(self._replay(query, query_dataloader, at))
+                return serve(order, self._processes.rank, made[0])
+
+        return serve_order
+
+    # ------------------------------------------------------------------ parts of the work
 
     @contextmanager
     def _unfinished(self, replay: Replay, value: float, *, resume: bool) -> Iterator[Unfinished]:
@@ -398,7 +410,8 @@ class InfluenceEngine:
             "query": [replay.query.name, f"{value:.4e}", f"{size:.4e}"],
             "precision": self._program.analysis.name,
         }
-        kept = Unfinished(trajectory.parent, what, resume=resume, warn=rank_zero_warn)
+        directory = directory_of(trajectory.parent, what)
+        kept = Unfinished(directory, resume=resume, warn=rank_zero_warn)
         if kept.found:
             rank_zero_info(
                 "Influence analysis: goes on with what an earlier one has finished "
@@ -409,24 +422,6 @@ class InfluenceEngine:
         except BaseException:
             kept.write()
             raise
-
-    def _why_not_finite(self, replay: Replay) -> str:
-        advice = "Train again with a smaller learning rate, or with `gradient_clip_val`."
-        for step in self.trajectory.steps(0, len(replay.walker)):
-            for micro in step.micro_batches:
-                if micro.loss is not None and not np.isfinite(micro.loss):
-                    return (
-                        f"the training diverged. The first loss that is not finite is that of step "
-                        f"{step.number} (epoch {micro.epoch}, batch {micro.batch_idx}): "
-                        f"{micro.loss}. {advice} `at={step.number}` ranks the run as it was before."
-                    )
-        if not all(bool(leaf.isfinite().all()) for leaf in replay.final.state.params.values()):
-            return f"the training diverged, in its very last steps. {advice}"
-        return (
-            "weights and losses are finite, so it is the query itself. Either the weights have grown "
-            "so large that it overflows, or it is computed with a torchmetrics metric, which cannot "
-            "be differentiated. Log the loss tensor itself, or pass a callable."
-        )
 
     def _query(
         self, query: str | QueryFunction | None, dataloader: Any, buffers: Mapping[str, Tensor]
@@ -531,3 +526,6 @@ class InfluenceEngine:
             columns={name: [column[i] for i in places] for name, column in columns.items()},
             info=info,
         )
+
+
+_ASKED = set(inspect.signature(InfluenceEngine.estimate).parameters) - {"self"}

@@ -33,20 +33,13 @@ class Unfinished:
     """An `estimators.kept.Kept` on disk.
 
     Args:
-        parent: the directory that the trajectory's directory stands in.
-        what: all that the figures depend on, as JSON values.
+        directory: where the files are, see `directory_of`.
         resume: whether what an earlier analysis has left is used, or deleted.
         warn: what takes a sentence about what could not be written or read.
-
-    Attributes:
-        directory: where the files are.
     """
 
-    def __init__(
-        self, parent: Path, what: Mapping[str, Any], *, resume: bool, warn: Callable[[str], None]
-    ) -> None:
-        text = json.dumps({**what, "writer": package_version()}, sort_keys=True)
-        self.directory = parent / FOLDER / sha256(text.encode()).hexdigest()[:16]
+    def __init__(self, directory: Path, *, resume: bool, warn: Callable[[str], None]) -> None:
+        self.directory = directory
         self._warn = warn
         self._waiting: list[tuple[str, Mapping[str, Tensor]]] = []
         self._states: dict[str, Mapping[str, Tensor]] = {}
@@ -147,6 +140,20 @@ class Unfinished:
             self.directory.parent.rmdir()
         except OSError:  # another analysis is there, or nothing is
             return
+
+
+def directory_of(parent: Path, what: Mapping[str, Any]) -> Path:
+    """Where an analysis keeps what it has finished.
+
+    Args:
+        parent: the directory that the trajectory's directory stands in.
+        what: all that its figures depend on, as JSON values.
+
+    Returns:
+        The directory; it may not be there yet.
+    """
+    text = json.dumps({**what, "writer": package_version()}, sort_keys=True)
+    return parent / FOLDER / _checksum(text.encode())[:16]
 
 
 def remove_unfinished(parent: Path) -> None:

@@ -62,8 +62,11 @@ ENGINE: dict[str, list[Any]] = {
     "device": [None, 3, "warp", ["cpu"]],
     "progress": [None, 3, "yes"],
     "full_precision": YES_NO,
+    "devices": [*WHOLE, 0],
+    "accelerator": [None, 3, "warp"],
+    "strategy": [None, 3, "fsdp", "ddp"],
 }
-INTERNAL = {"live", "datamodule", "val_limits"}  # the callback's own
+INTERNAL = {"live", "datamodule", "val_limits", "processes"}  # the callback's own
 ESTIMATE: dict[str, list[Any]] = {
     "query": ["", 3, ["val_loss"]],
     "estimator": [None, "sgd", 3, AccSgdIE, ["auto"]],

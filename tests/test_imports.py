@@ -12,7 +12,7 @@ import lightning_accie
 
 PACKAGE = Path(lightning_accie.__file__).parent
 ORDER = (
-    ("errors", "_compat"),
+    ("errors", "_compat", "processes"),
     ("trajectory",),
     ("agreement",),
     ("replay",),
@@ -21,8 +21,9 @@ ORDER = (
     ("estimators",),
     ("ranking", "scores_files", "unfinished"),
     ("scores",),
-    ("progress", "reports", "described"),
+    ("progress", "reports", "described", "crew", "launch"),
     ("capture", "arguments"),
+    ("matching",),
     ("engine",),
     ("callback",),
     ("__init__",),

@@ -88,7 +88,7 @@ def test_exact_replays_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     engine = engine_in(tmp_path)
     whole = engine.estimate(estimator="leave-one-out")
     assert not folder(engine).exists()
-    seen = fails_after(monkeypatch, LeaveOneOut, "_replay", 3, FaultError())
+    seen = fails_after(monkeypatch, LeaveOneOut, "work", 3, FaultError())
     with pytest.raises(FaultError):
         engine.estimate(estimator="leave-one-out")
     assert len(list(folder(engine).glob("*/*.safetensors"))) == 3
@@ -150,7 +150,7 @@ def test_an_automatic_ranking_goes_on_after_ctrl_c(
     whole = engine.estimate(verify=8, top_k=5)
     walked: list[Any] = []
     monkeypatch.setattr(SgdIE, "_begun", _noted(SgdIE._begun, walked))
-    seen = fails_after(monkeypatch, LeaveOneOut, "_replay", 1, KeyboardInterrupt())
+    seen = fails_after(monkeypatch, LeaveOneOut, "work", 1, KeyboardInterrupt())
     assert engine.estimate(verify=8, top_k=5).info["interrupted"]
     assert len(walked) == 1
     found = engine.estimate(verify=8, top_k=5)
@@ -179,7 +179,7 @@ from lightning_accie import unfinished
 unfinished.WRITE_EVERY = 0.0
 chunks.chunk_size = lambda *args: tests.CHUNK
 engine = tests.engine_in(Path({root!r}))
-replay, calls = LeaveOneOut._replay, []
+replay, calls = LeaveOneOut.work, []
 
 def dies(*args):
     calls.append(args)
@@ -187,7 +187,7 @@ def dies(*args):
         os.kill(os.getpid(), signal.SIGKILL)
     return replay(*args)
 
-LeaveOneOut._replay = dies
+LeaveOneOut.work = dies
 engine.estimate(estimator="leave-one-out")
 """
 
@@ -207,7 +207,7 @@ def test_a_killed_process_leaves_what_it_has_finished(
         progress=False,
     )
     seen: list[Any] = []
-    monkeypatch.setattr(LeaveOneOut, "_replay", _noted(LeaveOneOut._replay, seen))
+    monkeypatch.setattr(LeaveOneOut, "work", _noted(LeaveOneOut.work, seen))
     scores = engine.estimate(estimator="leave-one-out")
     assert len(seen) == 3  # of five
     same(engine.estimate(estimator="leave-one-out", resume=False), scores)
@@ -218,7 +218,7 @@ def test_a_killed_process_leaves_what_it_has_finished(
 
 def left(engine: InfluenceEngine, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Let an analysis of exact replays break off after three of its five chunks."""
-    seen = fails_after(monkeypatch, LeaveOneOut, "_replay", 3, FaultError())
+    seen = fails_after(monkeypatch, LeaveOneOut, "work", 3, FaultError())
     with pytest.raises(FaultError):
         engine.estimate(estimator="leave-one-out")
     return seen
@@ -310,7 +310,7 @@ def test_fit_end_analyses_leave_theirs_too(tmp_path: Path, monkeypatch: pytest.M
     influence = InfluenceCallback(dirpath=tmp_path, console=False, estimator="leave-one-out")
     train = DataLoader(classification(24), batch_size=6, shuffle=True)
     valid = DataLoader(classification(11, seed=3), batch_size=7)
-    seen = fails_after(monkeypatch, LeaveOneOut, "_replay", 2, KeyboardInterrupt())
+    seen = fails_after(monkeypatch, LeaveOneOut, "work", 2, KeyboardInterrupt())
     with pytest.warns(UserWarning, match="was interrupted"):
         quiet_trainer(tmp_path, callbacks=[influence]).fit(module, train, valid)
     engine = InfluenceEngine(tmp_path, module, train, val_dataloaders=valid, progress=False)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lightning_accie.capture.processes import Processes
 from lightning_accie.errors import TrajectoryError
+from lightning_accie.processes import Processes
 from lightning_accie.trajectory.files import FOLDER, MANIFEST
 
 

@@ -9,8 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lightning_accie.capture.processes import Processes
 from lightning_accie.errors import TrajectoryError
+from lightning_accie.processes import Processes
 from lightning_accie.trajectory.files import MANIFEST, rank_name
 from lightning_accie.trajectory.manifest import Rank, read_manifest
 from lightning_accie.trajectory.records import Checkpoint

@@ -17,7 +17,6 @@ from lightning_accie.capture.batches import SampleIdOf
 from lightning_accie.capture.directory import choose
 from lightning_accie.capture.generators import kept as kept_generators
 from lightning_accie.capture.opening import open_recording
-from lightning_accie.capture.processes import Processes
 from lightning_accie.capture.recorder import Recorder, describe
 from lightning_accie.capture.saved import SavedSteps, check_saver
 from lightning_accie.capture.self_check import CACHE, FirstStep, QueryCheck, check_first_step
@@ -27,6 +26,7 @@ from lightning_accie.capture.training_data import DataCapture
 from lightning_accie.data import validation_loaders
 from lightning_accie.described import Describe
 from lightning_accie.errors import InfluenceError, TrajectoryError, UnsupportedError
+from lightning_accie.processes import Processes
 from lightning_accie.query import QueryFunction, check_query
 from lightning_accie.replay.module import SampleLosses, TrainingProgram
 from lightning_accie.replay.walker import Snapshot, Visit

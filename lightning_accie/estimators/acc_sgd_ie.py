@@ -15,31 +15,23 @@ comes round again.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_accie.estimators.base import (
-    Advance,
-    Candidates,
-    Estimate,
-    Estimator,
-    Replay,
-    candidates_to_json,
-    check_candidates,
-)
-from lightning_accie.estimators.chunks import choose, in_chunks
+from lightning_accie.estimators.base import Advance, Candidates, Estimate, Replay
+from lightning_accie.estimators.chunks import ChunkedEstimator
 from lightning_accie.replay.state import State, dot, pad_slots, zeros_like
 from lightning_accie.replay.walker import Visit
 
-_COPIES = 10
 BLOW_UP = 0.5
 """‖Δ_j‖ beyond this share of ‖θ_T‖ is no small change any more: the estimate is not trusted."""
 
 
-class AccSgdIE(Estimator):
+class AccSgdIE(ChunkedEstimator):
     """Accumulative SGD influence of chosen samples.
 
     Args:
@@ -52,11 +44,13 @@ class AccSgdIE(Estimator):
     """
 
     name = "acc-sgd-ie"
+    copies = 10
+    title = "ACC-SGD-IE of {} samples"
 
     def __init__(self, candidates: Candidates = None, query: str = "evaluated") -> None:
         if query not in ("evaluated", "linear"):
             raise ValueError(f'`query` must be "evaluated" or "linear", got {query!r}.')
-        self.candidates = check_candidates(candidates)
+        super().__init__(candidates)
         self.query = query
 
     def settings(self) -> dict[str, Any]:
@@ -65,40 +59,40 @@ class AccSgdIE(Estimator):
         Returns:
             JSON values.
         """
-        return {"candidates": candidates_to_json(self.candidates), "query": self.query}
+        return {**super().settings(), "query": self.query}
 
-    def estimate(self, replay: Replay) -> Estimate:
-        """Carry Δ_j along the run for every candidate.
+    def found(self, replay: Replay, samples: Tensor, figures: Mapping[str, Tensor]) -> Estimate:
+        """Choose the form of the query.
 
         Args:
             replay: the run and the query.
+            samples: ``[k]`` sample numbers.
+            figures: what `work` found.
 
         Returns:
-            The influence of the candidates; ``extras`` holds both forms of the query
-            (``"evaluated"`` only where asked for) and ``"relative_change"`` = ‖Δ_j‖/‖θ_T‖.
-            ``trusted`` is False where the latter exceeds `BLOW_UP` or a figure is not finite.
-
-        Raises:
-            Interrupted: at Ctrl-C, with the chunks that were finished.
+            The influences; ``extras`` holds both forms of the query (``"evaluated"`` only where asked
+            for) and ``"relative_change"`` = ‖Δ_j‖/‖θ_T‖. ``trusted`` is False where the latter exceeds
+            `BLOW_UP` or a figure is not finite.
         """
-        samples = choose(replay, self.candidates)
-        return in_chunks(
-            replay,
-            samples,
-            lambda part, advance: self._measure(replay, self._carry(replay, part, advance)),
-            self._found,
-            key=self.key,
-            copies=_COPIES,
-            title=f"ACC-SGD-IE of {len(samples)} samples",
-        )
-
-    def _found(self, samples: Tensor, figures: dict[str, Tensor]) -> Estimate:
         if not figures:
             nothing = torch.zeros(0, dtype=torch.float64)
             return Estimate(self.name, samples, nothing, nothing.bool())
         influence = figures[self.query]
         trusted = influence.isfinite() & (figures["relative_change"] <= BLOW_UP)
         return Estimate(self.name, samples, influence, trusted, extras=figures)
+
+    def work(self, replay: Replay, samples: Tensor, advance: Advance) -> dict[str, Tensor]:
+        """Carry Δ_j along the run for every sample of a chunk.
+
+        Args:
+            replay: the run and the query.
+            samples: ``[c]`` sample numbers, by the step that first drew them.
+            advance: called with 1 at each step.
+
+        Returns:
+            The influences and ``"relative_change"``.
+        """
+        return self._measure(replay, self._carry(replay, samples, advance))
 
     def probe(self, visit: Visit) -> None:
         """Carry one tangent along one step."""

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lightning_accie.estimators.kept import Kept, NothingKept
+from lightning_accie.estimators.kept import Figures, Kept, NothingKept
 from lightning_accie.replay.state import Params
 from lightning_accie.replay.walker import Snapshot, Visit, Walker
 
@@ -60,6 +60,42 @@ class NoProgress:
         return nullcontext(lambda units: None)
 
 
+class Team(Protocol):
+    """The processes that share the work of an estimator that works chunk by chunk."""
+
+    size: int
+
+    def begin(self, replay: Replay, estimator: Any, parts: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Give the others their shares of the chunks, and return one's own."""
+        ...
+
+    def end(self) -> tuple[list[tuple[Tensor, Figures]], bool]:
+        """Wait for what the others found of their chunks, and whether that is all of it."""
+        ...
+
+
+class Alone:
+    """One process does everything."""
+
+    size = 1
+
+    def begin(self, replay: Replay, estimator: Any, parts: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Keep all chunks.
+
+        Returns:
+            The chunks.
+        """
+        return parts
+
+    def end(self) -> tuple[list[tuple[Tensor, Figures]], bool]:
+        """Wait for nobody.
+
+        Returns:
+            Nothing, which is all.
+        """
+        return [], True
+
+
 @dataclass(frozen=True)
 class Replay:
     """A recorded run made ready for estimators.
@@ -75,6 +111,7 @@ class Replay:
         memory_budget: bytes that the vectorised part of an estimator may take.
         progress: where to tell how far the work is.
         kept: where finished parts are kept, for an analysis that is killed.
+        team: who shares the work.
     """
 
     walker: Walker
@@ -87,6 +124,7 @@ class Replay:
     memory_budget: int
     progress: Progress = field(default_factory=NoProgress)
     kept: Kept = field(default_factory=NothingKept)
+    team: Team = field(default_factory=Alone)
 
     @property
     def span(self) -> int:

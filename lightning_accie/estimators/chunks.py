@@ -1,9 +1,11 @@
-"""Work that is done chunk by chunk: so many counterfactuals are carried at once."""
+"""Estimators that work sample by sample: so many counterfactuals are carried at once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from abc import abstractmethod
+from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,8 +14,11 @@ from lightning_accie.estimators.base import (
     Advance,
     Candidates,
     Estimate,
+    Estimator,
     Interrupted,
     Replay,
+    candidates_to_json,
+    check_candidates,
     strongest,
 )
 from lightning_accie.estimators.kept import Collected
@@ -46,53 +51,124 @@ def choose(replay: Replay, candidates: Candidates) -> Tensor:
     return numbers
 
 
-Work = Callable[[Tensor, Advance], Mapping[str, Tensor]]
-"""``work(samples, advance)`` -> ``[c]`` figures of the chunk's samples, by name."""
-Found = Callable[[Tensor, dict[str, Tensor]], Estimate]
-"""``found(samples, figures)`` -> the estimate, from ``[k]`` of each."""
+class ChunkedEstimator(Estimator):
+    """Base of the estimators that find each sample's figures by themselves, chunk by chunk.
 
-
-def in_chunks(
-    replay: Replay, samples: Tensor, work: Work, found: Found, *, key: str, copies: int, title: str
-) -> Estimate:
-    """Find the figures of samples chunk by chunk, but for those that an earlier analysis has found.
+    What an earlier analysis has finished is not done again, and other processes take their share.
 
     Args:
-        replay: the run.
-        samples: ``[k]`` sample numbers, ascending.
-        work: what is done for a chunk; calls ``advance(1)`` at each step of the run.
-        found: makes the estimate.
-        key: what finished chunks are kept under, see `Kept`.
-        copies: how many states' worth of memory one sample takes while it is worked on.
-        title: of the progress bar.
-
-    Returns:
-        The estimate of all samples.
+        candidates: None for every sample, a count (the strongest by SGD-IE), or sample numbers.
 
     Raises:
-        Interrupted: at Ctrl-C, with the chunks that were finished.
+        ValueError: if ``candidates`` is none of these.
     """
-    collected = Collected(replay.span)
-    for earlier in replay.kept.parts(key):
-        collected.add(earlier["samples"], {n: v for n, v in earlier.items() if n != "samples"})
-    missing = samples[~collected.known[samples]]
-    parts = _chunks(replay, missing, copies) if len(missing) else ()
-    with replay.progress.task(title, len(parts) * len(replay.walker)) as advance:
-        for part in parts:
-            try:
-                figures = dict(work(part, advance))
-            except KeyboardInterrupt:
-                done = samples[collected.known[samples]]
-                raise Interrupted(found(done, collected.of(done))) from None
+
+    copies: int
+    """How many states' worth of memory one sample takes while it is worked on."""
+    title: str
+    """Of the progress bar, with ``{}`` for the number of samples."""
+
+    def __init__(self, candidates: Candidates = None) -> None:
+        self.candidates = check_candidates(candidates)
+
+    def settings(self) -> dict[str, Any]:
+        """Describe the settings.
+
+        Returns:
+            JSON values.
+        """
+        return {"candidates": candidates_to_json(self.candidates)}
+
+    @abstractmethod
+    def work(self, replay: Replay, samples: Tensor, advance: Advance) -> Mapping[str, Tensor]:
+        """Find the figures of one chunk.
+
+        Args:
+            replay: the run.
+            samples: ``[c]`` sample numbers, by the step that first drew them.
+            advance: to be called with 1 at each step of the run.
+
+        Returns:
+            ``[c]`` figures by name.
+        """
+
+    @abstractmethod
+    def found(self, replay: Replay, samples: Tensor, figures: Mapping[str, Tensor]) -> Estimate:
+        """Make the estimate.
+
+        Args:
+            replay: the run.
+            samples: ``[k]`` sample numbers, ascending.
+            figures: what `work` found, ``[k]`` float64 by name; empty where k is 0.
+
+        Returns:
+            The estimate of these samples.
+        """
+
+    def estimate(self, replay: Replay) -> Estimate:
+        """Find the figures of all candidates.
+
+        Args:
+            replay: the run and the query.
+
+        Returns:
+            What `found` makes of them.
+
+        Raises:
+            Interrupted: at Ctrl-C, with the chunks that were finished.
+        """
+        samples = choose(replay, self.candidates)
+        collected = Collected(replay.span)
+        for earlier in replay.kept.parts(self.key):
+            figures = {name: value for name, value in earlier.items() if name != "samples"}
+            collected.add(earlier["samples"], figures)
+        missing = samples[~collected.known[samples]]
+        finished = not len(missing) or self._all_found(replay, missing, collected)
+        done = samples[collected.known[samples]]
+        estimate = self.found(replay, done, collected.of(done))
+        if not finished:
+            raise Interrupted(estimate) from None
+        return estimate
+
+    def _all_found(self, replay: Replay, samples: Tensor, collected: Collected) -> bool:
+        """Find the figures of samples, unless Ctrl-C is pressed."""
+        team = replay.team
+        mine = team.begin(replay, self, _split(replay, samples, self.copies))
+        title, total = self.title.format(len(samples)), len(mine) * len(replay.walker)
+        finished = True
+        try:
+            with replay.progress.task(title, total) as advance:
+                for part in mine:
+                    collected.add(part, self.finish(replay, part, advance))
+        except KeyboardInterrupt:
+            finished = False
+        finally:
+            theirs, all_of_it = team.end()
+        for part, figures in theirs:
             collected.add(part, figures)
-            replay.kept.add(key, {"samples": part, **figures})
-    return found(samples, collected.of(samples))
+        return finished and all_of_it
+
+    def finish(self, replay: Replay, samples: Tensor, advance: Advance) -> dict[str, Tensor]:
+        """Do the work of one chunk, and keep it.
+
+        Args:
+            replay: see `work`.
+            samples: see `work`.
+            advance: see `work`.
+
+        Returns:
+            What `work` gave.
+        """
+        figures = dict(self.work(replay, samples, advance))
+        replay.kept.add(self.key, {"samples": samples, **figures})
+        return figures
 
 
-def _chunks(replay: Replay, samples: Tensor, copies: int) -> tuple[Tensor, ...]:
-    """Split samples into chunks that fit the memory budget, by the step that first drew them."""
+def _split(replay: Replay, samples: Tensor, copies: int) -> tuple[Tensor, ...]:
+    """Chunks that fit the memory budget, by the step that first drew them; one a process at least."""
     order = torch.argsort(replay.first[replay.positions(samples)], stable=True)
-    return samples[order].split(chunk_size(replay, copies))
+    share = -(-len(samples) // replay.team.size)
+    return samples[order].split(min(share, chunk_size(replay, copies)))
 
 
 def chunk_size(replay: Replay, copies: int) -> int:

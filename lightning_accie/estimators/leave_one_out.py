@@ -9,32 +9,21 @@ out nothing, so that q(θ_T) is rounded in the same way, and shows how large the
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_accie.estimators.base import (
-    Advance,
-    Candidates,
-    Estimate,
-    Estimator,
-    Replay,
-    candidates_to_json,
-    check_candidates,
-)
-from lightning_accie.estimators.chunks import choose, in_chunks
+from lightning_accie.estimators.base import Advance, Estimate, Replay
+from lightning_accie.estimators.chunks import ChunkedEstimator
 from lightning_accie.replay.state import stack
 from lightning_accie.replay.walker import Visit
 
 _NOTHING = torch.tensor([-1])
-_NONE = torch.zeros(0, dtype=torch.float64)
-_COPIES = 8
 
 
-class LeaveOneOut(Estimator):
+class LeaveOneOut(ChunkedEstimator):
     """Exact influence by replaying the run without each sample.
 
     Args:
@@ -45,48 +34,25 @@ class LeaveOneOut(Estimator):
     """
 
     name = "leave-one-out"
+    copies = 8
+    title = "exact replay of {} samples"
 
-    def __init__(self, candidates: Candidates = None) -> None:
-        self.candidates = check_candidates(candidates)
-
-    def settings(self) -> dict[str, Any]:
-        """Describe the settings.
-
-        Returns:
-            JSON values.
-        """
-        return {"candidates": candidates_to_json(self.candidates)}
-
-    def estimate(self, replay: Replay) -> Estimate:
-        """Replay the run once without each candidate.
+    def found(self, replay: Replay, samples: Tensor, figures: Mapping[str, Tensor]) -> Estimate:
+        """Subtract q of the whole run.
 
         Args:
             replay: the run and the query.
+            samples: ``[k]`` sample numbers.
+            figures: what `work` found.
 
         Returns:
             Exact influences; ``noise`` is their rounding error.
-
-        Raises:
-            Interrupted: at Ctrl-C, with the chunks that were finished.
         """
-        recorded = replay.query.value(replay.final.state.visible)
-
-        def found(samples: Tensor, figures: dict[str, Tensor]) -> Estimate:
-            without, everything = figures.get("without", _NONE), figures.get("everything", _NONE)
-            influence = without - everything
-            noise = _noise(replay, recorded, everything)
-            return Estimate(self.name, samples, influence, influence.isfinite(), noise=noise)
-
-        samples = choose(replay, self.candidates)
-        return in_chunks(
-            replay,
-            samples,
-            partial(self._replay, replay),
-            found,
-            key=self.key,
-            copies=_COPIES,
-            title=f"exact replay of {len(samples)} samples",
-        )
+        nothing = torch.zeros(0, dtype=torch.float64)
+        everything = figures.get("everything", nothing)
+        influence = figures.get("without", nothing) - everything
+        noise = _noise(replay, everything)
+        return Estimate(self.name, samples, influence, influence.isfinite(), noise=noise)
 
     def probe(self, visit: Visit) -> None:
         """Replay one step without a sample."""
@@ -94,8 +60,18 @@ class LeaveOneOut(Estimator):
         if len(removed):
             replace(visit.map, vectorize=False).advance_many(stack(visit.state, 1), removed)
 
-    def _replay(self, replay: Replay, samples: Tensor, advance: Advance) -> dict[str, Tensor]:
-        """q(θ^{-j}_T) of one chunk, and q(θ_T) as that chunk's last row has it."""
+    def work(self, replay: Replay, samples: Tensor, advance: Advance) -> dict[str, Tensor]:
+        """Replay the run once without each sample of a chunk.
+
+        Args:
+            replay: the run and the query.
+            samples: ``[c]`` sample numbers.
+            advance: called with 1 at each step.
+
+        Returns:
+            ``"without"``, q(θ^{-j}_T), and ``"everything"``, q(θ_T) as the row that leaves out nothing
+            has it.
+        """
         removed = torch.cat([samples, _NOTHING])
         begin = int(replay.first[replay.positions(samples)].min())
         states = None
@@ -110,17 +86,17 @@ class LeaveOneOut(Estimator):
         return {"without": values[:-1], "everything": values[-1].expand(len(samples))}
 
 
-def _noise(replay: Replay, recorded: float, everything: Tensor) -> float:
+def _noise(replay: Replay, everything: Tensor) -> float:
     """The rounding error of an exact influence.
 
     Args:
         replay: the run.
-        recorded: q(θ_T) of the recorded run.
         everything: ``[k]`` q(θ_T) of the rows that left out nothing, for each sample its chunk's.
 
     Returns:
         How far those are off, and at least one rounding of q itself.
     """
+    recorded = replay.query.value(replay.final.state.visible)
     program = replay.walker.program
     parameter = next(iter(program.parameters.values()))
     least = torch.finfo(parameter.dtype).eps * abs(recorded)

@@ -70,6 +70,15 @@ def test_training_is_what_it_is_without(results: Any, case: str) -> None:
     assert ranks[0]["directory"] == ranks[1]["directory"]
 
 
+@pytest.mark.parametrize("case", ["plain", "drawing"])
+def test_every_rank_takes_its_share_of_the_analysis(results: Any, case: str) -> None:
+    first, second = results(case)
+    assert first["influence"] == second["influence"]
+    assert not set(first["share"]) & set(second["share"])
+    assert abs(len(first["share"]) - len(second["share"])) <= 2
+    assert sorted(first["share"] + second["share"]) == first["replayed"] == second["replayed"]
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_one_process_replays_it_to_the_bit(results: Any, opened: Opener, case: str) -> None:
     engine = opened(case)

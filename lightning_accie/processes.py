@@ -21,6 +21,7 @@ from lightning_accie.errors import InfluenceError
 
 _T = TypeVar("_T")
 _PATIENCE = timedelta(days=30)
+_ORDER, _END = "order", "end"
 
 
 class Processes:
@@ -104,22 +105,72 @@ class Processes:
         Raises:
             BaseException: what it raised, on every process.
         """
+        return self.lead(action, lambda: _refuse)
+
+    def lead(self, action: Callable[[], _T], helper: Callable[[], Callable[[Any], Any]]) -> _T:
+        """Do something on rank 0, which may `call` on the others for help.
+
+        Args:
+            action: as for `on_first`.
+            helper: makes, at the first call, what the others do when they are called:
+                ``serve(order) -> answer``. Both too find no process group.
+
+        Returns:
+            What the action gave, on every process.
+
+        Raises:
+            BaseException: what it raised, on every process.
+        """
         if self.count == 1:
             return action()
         if not self.first:
-            value, failure = pickle.loads(self._broadcast(b""))
-            if failure is not None:
-                raise failure
-            return value
+            return self._served(helper)
         try:
             with _alone():
                 value = action()
-            message = pickle.dumps((value, None))
+            message = pickle.dumps((_END, value, None))
         except BaseException as error:
-            self._broadcast(pickle.dumps((None, _portable(error, self.rank))))
+            self._broadcast(pickle.dumps((_END, None, _portable(error, self.rank))))
             raise
         self._broadcast(message)
         return value
+
+    def _served(self, helper: Callable[[], Callable[[Any], Any]]) -> Any:
+        """Wait for orders until rank 0 has done."""
+        serve: Callable[[Any], Any] | None = None
+        while True:
+            kind, value, failure = pickle.loads(self._broadcast(b""))
+            if kind == _END:
+                if failure is not None:
+                    raise failure
+                return value
+            answer: Any = None
+            try:
+                with _alone():
+                    serve = serve or helper()
+                    answer = serve(value)
+            except BaseException as error:
+                failure = _portable(error, self.rank)
+            self.share((answer, failure))
+
+    def call(self, order: Any) -> None:
+        """Call on the other processes, within a `lead` on rank 0; then `answers` must be asked for.
+
+        Args:
+            order: what they are to `serve`; it is pickled.
+        """
+        message = pickle.dumps((_ORDER, order, None))
+        with _among():
+            self._broadcast(message)
+
+    def answers(self) -> list[tuple[Any, Any]]:
+        """Wait for what the others have to say to a `call`.
+
+        Returns:
+            Of each of the other ranks, in order, its answer and None, or None and its error.
+        """
+        with _among():
+            return self.share((None, None))[1:]
 
     def _broadcast(self, message: bytes) -> bytes:
         """Rank 0's message, on every rank."""
@@ -153,12 +204,30 @@ def _talking() -> Iterator[None]:
             signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
 
 
+_world: list[Any] = []
+"""Torch's default process group, while it is hidden."""
+
+
 @contextmanager
 def _alone() -> Iterator[None]:
     """Hide torch's default process group: what runs here runs as a single process would."""
-    world = dist.GroupMember.WORLD
+    _world.append(dist.GroupMember.WORLD)
     dist.GroupMember.WORLD = None
     try:
         yield
     finally:
-        dist.GroupMember.WORLD = world
+        dist.GroupMember.WORLD = _world.pop()
+
+
+@contextmanager
+def _among() -> Iterator[None]:
+    """Show it again, to talk to the others."""
+    dist.GroupMember.WORLD = _world[-1]
+    try:
+        yield
+    finally:
+        dist.GroupMember.WORLD = None
+
+
+def _refuse(order: Any) -> Any:
+    raise RuntimeError(f"This process has not offered to help, but was asked to: {order!r}")
