@@ -13,7 +13,9 @@ One backward walk ranks every sample: the result is -dq/dw_i, with w_i shared by
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +24,53 @@ from lightning_accie.estimators.base import Estimate, Estimator, Replay
 from lightning_accie.replay.state import State, zeros_like
 from lightning_accie.replay.step import StepMap
 from lightning_accie.replay.walker import Visit
+
+
+class Pull(NamedTuple):
+    """One step of the backward walk."""
+
+    visit: Visit
+    after: State
+    """λ_{t+1}."""
+    by_weight: Tensor
+    """γ_t, ``[N]``."""
+
+
+def pulled_back(replay: Replay, *, curvature: bool = True) -> Iterator[Pull]:
+    """Pull ∇q back through the run.
+
+    Args:
+        replay: the run and the query.
+        curvature: whether the loss's Hessian takes part.
+
+    Yields:
+        Every step, the last one first.
+    """
+    final = replay.final.state
+    zero = zeros_like(final)
+    gradient = {**zero.visible, **replay.query.gradient(final.visible)}
+    statistics = {name: gradient.pop(name) for name in final.statistics}
+    cotangent = State(gradient, zero.slots, statistics)
+    for visit in replay.walker.backwards():
+        pull = visit.map.vjp if curvature else visit.map.vjp_without_curvature
+        before, by_weight = pull(visit.state, cotangent)
+        yield Pull(visit, cotangent, by_weight)
+        cotangent = before
+
+
+def no_larger_than_the_run(replay: Replay, influence: Tensor) -> Tensor:
+    """Tell where one sample moves q no further than the whole run did, or than q is from 0.
+
+    Args:
+        replay: the run and the query.
+        influence: ``[n]``.
+
+    Returns:
+        ``[n]`` bool.
+    """
+    end = replay.query.value(replay.final.state.visible)
+    run = abs(replay.query.value(replay.walker.start().state.visible) - end)
+    return influence.abs() <= max(abs(end), run if math.isfinite(run) else 0.0)
 
 
 class SgdIE(Estimator):
@@ -45,30 +94,17 @@ class SgdIE(Estimator):
             finite or larger than what the whole run did to the query, which is no small change any
             more.
         """
-        final = replay.final.state
-        zero = zeros_like(final)
-        gradient = {**zero.visible, **replay.query.gradient(final.visible)}
-        statistics = {name: gradient.pop(name) for name in final.statistics}
-        cotangent = State(gradient, zero.slots, statistics)
         influence = torch.zeros(replay.span, dtype=torch.float64)
         steps = len(replay.walker)
         with replay.progress.task(self._description(), steps) as advance:
-            for visit in replay.walker.backwards():
-                pull = visit.map.vjp if self.curvature else visit.map.vjp_without_curvature
-                cotangent, by_weight = pull(visit.state, cotangent)
-                influence.index_add_(0, visit.map.samples, -by_weight.double().cpu())
+            for pull in pulled_back(replay, curvature=self.curvature):
+                influence.index_add_(0, pull.visit.map.samples, -pull.by_weight.double().cpu())
                 advance(1)
         values = influence[replay.samples]
-        return Estimate(self.name, replay.samples, values, self._trusted(replay, values))
-
-    def _trusted(self, replay: Replay, influence: Tensor) -> Tensor:
-        """Where one sample moves q no further than the whole run did, or than q is from 0."""
-        trusted = influence.isfinite()
-        if not self.curvature:  # whose sizes mean little
-            return trusted
-        end = replay.query.value(replay.final.state.visible)
-        run = abs(replay.query.value(replay.walker.start().state.visible) - end)
-        return trusted & (influence.abs() <= max(abs(end), run if math.isfinite(run) else 0.0))
+        trusted = values.isfinite()
+        if self.curvature:  # without it sizes mean little
+            trusted &= no_larger_than_the_run(replay, values)
+        return Estimate(self.name, replay.samples, values, trusted)
 
     def probe(self, visit: Visit) -> None:
         """Pull a cotangent back through one step."""

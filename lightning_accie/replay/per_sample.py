@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -82,8 +82,31 @@ _LOSSES: dict[Callable[..., Tensor], _Denominator] = {
         _count,
     ),
 }
+_CURVED = {
+    F.binary_cross_entropy_with_logits,
+    F.cross_entropy,
+    F.huber_loss,
+    F.mse_loss,
+    F.poisson_nll_loss,
+    F.smooth_l1_loss,
+    F.soft_margin_loss,
+}
+"""Losses that are convex and curved in their ``input``, which Gauss-Newton makes use of. Others leave
+all of the curvature to what comes before them (``nll_loss`` is linear), or are not convex in it."""
 _SIGNATURES = {loss: inspect.signature(loss) for loss in _LOSSES}
 _HAND_WRITTEN = {torch.Tensor.mean, torch.mean, torch.Tensor.sum, torch.sum}
+
+
+def wide(elements: Tensor) -> Tensor:
+    """At least 32 bits: a weighted sum in 16 would round the weights away.
+
+    Args:
+        elements: what is summed.
+
+    Returns:
+        The same, cast where needed.
+    """
+    return elements.to(torch.promote_types(elements.dtype, torch.float32))
 
 
 @dataclass(frozen=True)
@@ -114,7 +137,7 @@ class Reduction:
         Returns:
             The reduction of w_i times the elements of sample i, over the user's own denominator.
         """
-        elements = _wide(self.elements)
+        elements = wide(self.elements)
         return self.along(elements * layout.spread(weights.to(elements), elements.shape))
 
 
@@ -125,14 +148,34 @@ class _Sum(Reduction):
     denominator: Tensor | float = 1.0
 
     def weighted(self, weights: Tensor, layout: Layout) -> Tensor:
-        per_sample = layout.per_sample(_wide(self.elements), len(weights))
+        per_sample = layout.per_sample(wide(self.elements), len(weights))
         return torch.dot(per_sample, weights.to(per_sample.dtype)) / self.denominator
 
 
-def _wide(elements: Tensor) -> Tensor:
-    """At least 32 bits: a weighted sum in 16 would round the weights away."""
-    return elements.to(torch.promote_types(elements.dtype, torch.float32))
+@dataclass(frozen=True)
+class CurvedLoss(_Sum):
+    """A loss that is convex in the network's outputs.
 
+    Attributes:
+        outputs: its ``input``.
+        of_outputs: the elements from other outputs of that shape.
+    """
+
+    outputs: Tensor = field(default_factory=lambda: torch.zeros(0))
+    of_outputs: Callable[[Tensor], Tensor] = wide
+
+    def terms(self, outputs: Tensor, layout: Layout, batch: int) -> Tensor:
+        """Each sample's terms of the reduction.
+
+        Args:
+            outputs: in place of the network's.
+            layout: which elements are whose.
+            batch: B.
+
+        Returns:
+            ``[B]``, over the user's own denominator.
+        """
+        return layout.per_sample(wide(self.of_outputs(outputs)), batch) / self.denominator
 
 class ReductionMode(Differentiable):
     """Meets every reduction of the user's step that sample weights might go into.
@@ -192,13 +235,26 @@ class ReductionMode(Differentiable):
             denominator = _LOSSES[func](elements, arguments)
             if func is F.ctc_loss:  # a mean over the samples of what is already one by length
                 elements = elements / _lengths(arguments["target_lengths"], elements)
+        own = partial(func, *args, **kwargs)
+
+        def along(other: Tensor) -> Tensor:
+            return other.sum() / denominator
+
+        if func not in _CURVED:
+            return self.meet(_Sum(func.__name__, elements, own, along, denominator=denominator))
+
+        def of_outputs(outputs: Tensor) -> Tensor:
+            return func(**{**arguments, "input": outputs})
+
         return self.meet(
-            _Sum(
+            CurvedLoss(
                 func.__name__,
                 elements,
-                partial(func, *args, **kwargs),
-                lambda other: other.sum() / denominator,
+                own,
+                along,
                 denominator=denominator,
+                outputs=arguments["input"],
+                of_outputs=of_outputs,
             )
         )
 

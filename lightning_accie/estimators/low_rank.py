@@ -1,0 +1,265 @@
+"""ACC-SGD-IE of every sample, in a few directions (method: section 5).
+
+SGD-IE's figure is exact to first order; what ACC-SGD-IE (arXiv 2510.26185) adds to it needs Δ_j only
+where j is drawn, and only through H_j. With u_t the vectors of SGD-IE's backward walk,
+
+    ⟨∇q, Δ_j⟩ = Σ_{t: j ∈ S_t} (η_t/|m|) ⟨u_{t+1}, g_j + H_j Δ_j⟩,      Δ_j ≈ Vc_j:
+
+    c_j <- c_j - η (VᵀH_tV) c_j + 1[j ∈ S_t] (η/|m|) Vᵀ(g_j + H_j Vc_j)
+
+V has r orthonormal columns. The query's curvature, ½ c_jᵀ(Vᵀ∇²q V)c_j, is most of what evaluating the
+query adds.
+
+| symbol | name |
+|---|---|
+| V | ``basis`` |
+| c_j | a row of ``c``, ``[n, r]`` |
+| η_t u_{t+1}, for any SGD | ``mu``, SGD-IE's cotangent pulled back through U |
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_accie.errors import UnsupportedError
+from lightning_accie.estimators.acc_sgd_ie import BLOW_UP, AccSgdIE
+from lightning_accie.estimators.base import (
+    Candidates,
+    Estimate,
+    Estimator,
+    Replay,
+    candidates_to_json,
+    check_candidates,
+)
+from lightning_accie.estimators.basis import Basis
+from lightning_accie.estimators.chunks import choose
+from lightning_accie.estimators.own_curvature import (
+    FullHessian,
+    GaussNewton,
+    Note,
+    OwnCurvature,
+    Spots,
+    check_gauss_newton,
+)
+from lightning_accie.estimators.reduced import ReducedUpdate, check_update
+from lightning_accie.estimators.sgd_ie import SgdIE, no_larger_than_the_run, pulled_back
+from lightning_accie.estimators.sketch import Sketch
+from lightning_accie.replay.state import dot, tree_bytes
+from lightning_accie.replay.walker import Visit
+
+CURVATURES = ("gauss-newton", "hessian")
+QUERIES = ("second-order", "linear")
+
+
+class LowRankAccSgdIE(Estimator):
+    """Accumulative SGD influence of every sample, at a price that does not grow with their number.
+
+    For runs of SGD (momentum, Nesterov, dampening, weight decay, schedules, parameter groups,
+    accumulation) without gradient clipping.
+
+    Args:
+        rank: r, the number of directions; with as many as there are trained parameters, and
+            ``curvature="hessian"``, the result is that of `AccSgdIE`.
+        curvature: ``"gauss-newton"`` takes the curvature of the losses in the network's outputs
+            alone: r + 1 forward-mode derivatives a step, exact for generalised linear models. It
+            needs losses such as ``F.cross_entropy`` of the network's outputs. ``"hessian"`` goes
+            with any loss, and takes r Hessian products a step and two for every sample that the
+            step draws.
+        query: ``"second-order"`` adds the query's curvature to the ``"linear"`` ⟨∇q, Δ_j⟩.
+        refresh_every: at how many steps VᵀH_tV is computed anew. It is that of a step's own batch,
+            so that a larger number saves work, and costs fidelity, with ``"hessian"`` only.
+        candidates: None for every sample, a count (the strongest by SGD-IE), or sample numbers.
+        seed: of the random weights by which gradients are mixed to find V.
+
+    Raises:
+        ValueError: if an argument is none of these.
+    """
+
+    name = "low-rank-acc-sgd-ie"
+
+    def __init__(
+        self,
+        rank: int = 16,
+        curvature: str = "gauss-newton",
+        query: str = "second-order",
+        refresh_every: int = 1,
+        candidates: Candidates = None,
+        seed: int = 0,
+    ) -> None:
+        self.rank = _count("rank", rank)
+        self.refresh_every = _count("refresh_every", refresh_every)
+        self.seed = seed
+        self.curvature = _one_of("curvature", curvature, CURVATURES)
+        self.query = _one_of("query", query, QUERIES)
+        self.candidates = check_candidates(candidates)
+
+    def settings(self) -> dict[str, Any]:
+        """Describe the settings.
+
+        Returns:
+            JSON values.
+        """
+        return {
+            "rank": self.rank,
+            "curvature": self.curvature,
+            "query": self.query,
+            "refresh_every": self.refresh_every,
+            "candidates": candidates_to_json(self.candidates),
+            "seed": self.seed,
+        }
+
+    def estimate(self, replay: Replay) -> Estimate:
+        """Walk the run backwards once, as SGD-IE does, and forwards once in V's coordinates.
+
+        Ctrl-C ends it without a result, as none is known before the end.
+
+        Args:
+            replay: the run and the query.
+
+        Returns:
+            The influence of the candidates. ``extras`` holds ``"sgd_ie"``, SGD-IE's figure;
+            ``"linear"``, with the correction; ``"second_order"`` where asked for, with the query's
+            curvature; and ``"relative_change"``, ‖c_j‖/‖θ_T‖. ``trusted`` is False where the last
+            exceeds `BLOW_UP`, where SGD-IE's figure is not trusted, or where one is not finite.
+
+        Raises:
+            UnsupportedError: if the run's optimiser, clipping, or loss is none that this estimator
+                follows, before any work is done.
+        """
+        self._check(next(replay.walker.forwards()))
+        samples = choose(replay, self.candidates)
+        spots = Spots(replay, samples)
+        own: OwnCurvature = (FullHessian if self.curvature == "hessian" else GaussNewton)(
+            replay, spots
+        )
+        sketch = Sketch(replay, self.rank, self.seed)
+        basis = self._walked(replay, sketch) if self.curvature == "hessian" else None
+        first, notes = self._backwards(replay, own, basis, sketch)
+        basis = basis or sketch.basis()
+        correction, c = self._forwards(replay, own, basis, notes, len(samples))
+        return self._found(replay, samples, first[samples], correction, basis, c)
+
+    def probe(self, visit: Visit) -> None:
+        """Do one step of each walk."""
+        self._check(visit)
+        SgdIE().probe(visit)
+        if self.curvature == "hessian":
+            AccSgdIE().probe(visit)
+
+    def _check(self, visit: Visit) -> None:
+        """Refuse what this estimator does not follow."""
+        check_update(visit.map.update)
+        if self.query != "linear" and visit.state.statistics:
+            raise UnsupportedError(
+                "LowRankAccSgdIE does not carry the running statistics of normalisation layers, "
+                "which the query reads, in its directions. Use "
+                '`LowRankAccSgdIE(query="linear")`, which needs none, or '
+                "`AccSgdIE(candidates=...)`."
+            )
+        if self.curvature == "gauss-newton":
+            check_gauss_newton(visit)
+
+    def _walked(self, replay: Replay, sketch: Sketch) -> Basis:
+        """V from a walk of its own, where the backward walk needs it already."""
+        with replay.progress.task("low-rank: directions", len(replay.walker)) as advance:
+            for visit in replay.walker.forwards():
+                sketch.meet(visit)
+                advance(1)
+        return sketch.basis()
+
+    def _backwards(
+        self, replay: Replay, own: OwnCurvature, basis: Basis | None, sketch: Sketch
+    ) -> tuple[Tensor, list[Note]]:
+        """SGD-IE's figure by sample number, and a note for every step."""
+        influence = torch.zeros(replay.span, dtype=torch.float64)
+        notes: list[Note] = []
+        held = 0
+        with replay.progress.task("low-rank: SGD-IE", len(replay.walker)) as advance:
+            for visit, after, by_weight in pulled_back(replay):
+                influence.index_add_(0, visit.map.samples, -by_weight.double().cpu())
+                note: Note = []
+                if visit.map.losses:
+                    if basis is None:
+                        sketch.meet(visit)
+                    still = {name: visit.state.params[name] for name in visit.map.used}
+                    mu = visit.map.update.vjp(visit.state, still, after)[1]
+                    note = own.note(visit, mu, basis)
+                notes.append(note)
+                held += tree_bytes(note)
+                _check_memory(held, len(notes), replay)
+                advance(1)
+        return influence, notes[::-1]
+
+    def _forwards(
+        self, replay: Replay, own: OwnCurvature, basis: Basis, notes: list[Note], count: int
+    ) -> tuple[Tensor, Tensor]:
+        """What the samples' own curvature adds to SGD-IE, ``[n]``, and c at the end, ``[n, r]``."""
+        c = basis.rows.new_zeros(count, basis.rank)
+        correction = c.new_zeros(count, dtype=torch.float64)
+        slots: dict[str, Tensor] = {}
+        matrix, age = None, 0
+        update = ReducedUpdate(basis)
+        with replay.progress.task(f"low-rank: rank {basis.rank}", len(replay.walker)) as advance:
+            for visit, note in zip(replay.walker.forwards(), notes, strict=True):
+                if visit.map.losses:
+                    stale = matrix is None or age % self.refresh_every == 0
+                    found = own.own(visit, note, c, basis, matrix=stale)
+                    matrix, age = found.matrix if stale else matrix, age + 1
+                    correction.index_add_(0, found.rows, -found.gain.double())
+                    change = (c @ matrix).index_add_(0, found.rows, -(found.slope + found.curved))
+                    c, slots = update(visit, c, slots, change)
+                advance(1)
+        return correction.cpu(), c
+
+    def _found(
+        self,
+        replay: Replay,
+        samples: Tensor,
+        first: Tensor,
+        correction: Tensor,
+        basis: Basis,
+        c: Tensor,
+    ) -> Estimate:
+        """The figures, ``[n]`` each."""
+        params, at = replay.final.state.params, replay.final.state.visible
+        scale = max(float(dot(params, params).sqrt()), 1e-30)
+        figures = {
+            "sgd_ie": first,
+            "linear": first + correction,
+            "relative_change": c.double().norm(dim=1).cpu() / scale,
+        }
+        if self.query == "second-order":
+            curve = basis.project(replay.query.hessian_products(at, basis.directions)).double()
+            bend = ((c.double() @ curve) * c.double()).sum(1).cpu() / 2
+            figures["second_order"] = figures["linear"] + bend
+        influence = figures["linear" if self.query == "linear" else "second_order"]
+        trusted = influence.isfinite() & (figures["relative_change"] <= BLOW_UP)
+        trusted &= no_larger_than_the_run(replay, first)
+        return Estimate(self.name, samples, influence, trusted, extras=figures)
+
+
+def _check_memory(held: int, steps: int, replay: Replay) -> None:
+    """Refuse notes that will not fit, as soon as that is known."""
+    if held > replay.memory_budget or steps == 1 and held * len(replay.walker) > replay.memory_budget:
+        need = held * len(replay.walker) // steps
+        raise UnsupportedError(
+            f"LowRankAccSgdIE keeps some numbers for every visit of a sample, about {need / 1e6:.0f} "
+            f"MB for this run, which is more than `memory_budget` leaves for them "
+            f"({replay.memory_budget / 1e6:.0f} MB). Raise `memory_budget=`, or use "
+            '`estimator="sgd-ie"`.'
+        )
+
+
+def _count(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"`{name}` must be an integer from 1, got {value!r}.")
+    return value
+
+
+def _one_of(name: str, value: str, known: tuple[str, ...]) -> str:
+    if value not in known:
+        raise ValueError(f"`{name}` must be {' or '.join(map(repr, known))}, got {value!r}.")
+    return value
