@@ -45,9 +45,9 @@ from lightning_accie.estimators.own_curvature import (
     check_gauss_newton,
 )
 from lightning_accie.estimators.reduced import ReducedUpdate, check_update
-from lightning_accie.estimators.sgd_ie import SgdIE, no_larger_than_the_run, pulled_back
-from lightning_accie.estimators.sketch import Sketch
-from lightning_accie.replay.state import dot, tree_bytes
+from lightning_accie.estimators.sgd_ie import SgdIE, at_the_end, no_larger_than_the_run
+from lightning_accie.estimators.sketch import sketched
+from lightning_accie.replay.state import dot
 from lightning_accie.replay.walker import Visit
 
 CURVATURES = ("gauss-newton", "hessian")
@@ -132,14 +132,12 @@ class LowRankAccSgdIE(Estimator):
         self._check(next(replay.walker.forwards()))
         samples = choose(replay, self.candidates)
         spots = Spots(replay, samples)
-        own: OwnCurvature = (FullHessian if self.curvature == "hessian" else GaussNewton)(
-            replay, spots
-        )
-        sketch = Sketch(replay, self.rank, self.seed)
-        basis = self._walked(replay, sketch) if self.curvature == "hessian" else None
-        first, notes = self._backwards(replay, own, basis, sketch)
-        basis = basis or sketch.basis()
-        correction, c = self._forwards(replay, own, basis, notes, len(samples))
+        basis = sketched(replay, self.rank, self.seed)
+        way = FullHessian if self.curvature == "hessian" else GaussNewton
+        own: OwnCurvature = way(replay, spots, basis)
+        kept: list[Visit] = []
+        notes, c = self._forwards(replay, own, basis, kept, samples)
+        first, correction = self._backwards(replay, own, notes, kept, len(samples))
         return self._found(replay, samples, first[samples], correction, basis, c)
 
     def probe(self, visit: Visit) -> None:
@@ -162,57 +160,56 @@ class LowRankAccSgdIE(Estimator):
         if self.curvature == "gauss-newton":
             check_gauss_newton(visit)
 
-    def _walked(self, replay: Replay, sketch: Sketch) -> Basis:
-        """V from a walk of its own, where the backward walk needs it already."""
-        with replay.progress.task("low-rank: directions", len(replay.walker)) as advance:
-            for visit in replay.walker.forwards():
-                sketch.meet(visit)
+    def _forwards(
+        self, replay: Replay, own: OwnCurvature, basis: Basis, kept: list[Visit], samples: Tensor
+    ) -> tuple[list[Note | None], Tensor]:
+        """What every step found, and c at the end of the run, ``[n, r]``."""
+        c = basis.rows.new_zeros(len(samples), basis.rank)
+        visits = int(replay.visits[replay.positions(samples)].sum())
+        slots: dict[str, Tensor] = {}
+        matrix = None
+        notes: list[Note | None] = []
+        update = ReducedUpdate(basis)
+        with replay.progress.task("low-rank: forwards", len(replay.walker)) as advance:
+            for visit in replay.walker.forwards(kept):
+                note = None
+                if visit.map.losses:
+                    stale = matrix is None or visit.step % self.refresh_every == 0
+                    found = own.forwards(visit, c, matrix=stale)
+                    matrix = found.matrix if stale else matrix
+                    note = found.note
+                    change = (c @ matrix).index_add_(0, note.spots, -found.slope - found.curved)
+                    c, slots = update(visit, c, slots, change)
+                    if not any(notes):
+                        _check_memory(note, visits, replay.memory_budget)
+                notes.append(note)
                 advance(1)
-        return sketch.basis()
+        return notes, c
 
     def _backwards(
-        self, replay: Replay, own: OwnCurvature, basis: Basis | None, sketch: Sketch
-    ) -> tuple[Tensor, list[Note]]:
-        """SGD-IE's figure by sample number, and a note for every step."""
-        influence = torch.zeros(replay.span, dtype=torch.float64)
-        notes: list[Note] = []
-        held = 0
-        with replay.progress.task("low-rank: SGD-IE", len(replay.walker)) as advance:
-            for visit, after, by_weight in pulled_back(replay):
-                influence.index_add_(0, visit.map.samples, -by_weight.double().cpu())
-                note: Note = []
-                if visit.map.losses:
-                    if basis is None:
-                        sketch.meet(visit)
-                    still = {name: visit.state.params[name] for name in visit.map.used}
-                    mu = visit.map.update.vjp(visit.state, still, after)[1]
-                    note = own.note(visit, mu, basis)
-                notes.append(note)
-                held += tree_bytes(note)
-                _check_memory(held, len(notes), replay)
-                advance(1)
-        return influence, notes[::-1]
-
-    def _forwards(
-        self, replay: Replay, own: OwnCurvature, basis: Basis, notes: list[Note], count: int
+        self,
+        replay: Replay,
+        own: OwnCurvature,
+        notes: list[Note | None],
+        kept: list[Visit],
+        count: int,
     ) -> tuple[Tensor, Tensor]:
-        """What the samples' own curvature adds to SGD-IE, ``[n]``, and c at the end, ``[n, r]``."""
-        c = basis.rows.new_zeros(count, basis.rank)
-        correction = c.new_zeros(count, dtype=torch.float64)
-        slots: dict[str, Tensor] = {}
-        matrix, age = None, 0
-        update = ReducedUpdate(basis)
-        with replay.progress.task(f"low-rank: rank {basis.rank}", len(replay.walker)) as advance:
-            for visit, note in zip(replay.walker.forwards(), notes, strict=True):
-                if visit.map.losses:
-                    stale = matrix is None or age % self.refresh_every == 0
-                    found = own.own(visit, note, c, basis, matrix=stale)
-                    matrix, age = found.matrix if stale else matrix, age + 1
-                    correction.index_add_(0, found.rows, -found.gain.double())
-                    change = (c @ matrix).index_add_(0, found.rows, -(found.slope + found.curved))
-                    c, slots = update(visit, c, slots, change)
+        """SGD-IE's figure by sample number, and what the own curvature adds to it, ``[n]``."""
+        influence = torch.zeros(replay.span, dtype=torch.float64)
+        correction = torch.zeros(count, dtype=torch.float64)
+        cotangent = at_the_end(replay)
+        with replay.progress.task("low-rank: backwards", len(replay.walker)) as advance:
+            for visit in replay.walker.backwards(kept):
+                note = notes.pop()
+                if note is not None:
+                    still = {name: visit.state.params[name] for name in visit.map.used}
+                    mu = visit.map.update.vjp(visit.state, still, cotangent)[1]
+                    gain = own.backwards(visit, mu, note)
+                    correction.index_add_(0, note.spots, -gain.double().cpu())
+                cotangent, by_weight = visit.map.vjp(visit.state, cotangent)
+                influence.index_add_(0, visit.map.samples, -by_weight.double().cpu())
                 advance(1)
-        return correction.cpu(), c
+        return influence, correction
 
     def _found(
         self,
@@ -241,15 +238,14 @@ class LowRankAccSgdIE(Estimator):
         return Estimate(self.name, samples, influence, trusted, extras=figures)
 
 
-def _check_memory(held: int, steps: int, replay: Replay) -> None:
-    """Refuse notes that will not fit, as soon as that is known."""
-    if held > replay.memory_budget or steps == 1 and held * len(replay.walker) > replay.memory_budget:
-        need = held * len(replay.walker) // steps
+def _check_memory(note: Note, visits: int, budget: int) -> None:
+    """Refuse a run whose notes will not fit, as soon as one of them is known."""
+    need = visits * note.values[:1].nbytes
+    if need > budget:
         raise UnsupportedError(
-            f"LowRankAccSgdIE keeps some numbers for every visit of a sample, about {need / 1e6:.0f} "
-            f"MB for this run, which is more than `memory_budget` leaves for them "
-            f"({replay.memory_budget / 1e6:.0f} MB). Raise `memory_budget=`, or use "
-            '`estimator="sgd-ie"`.'
+            f"LowRankAccSgdIE keeps {note.values[:1].numel()} numbers for every visit of a sample, "
+            f"{need / 1e6:.0f} MB for this run, and `memory_budget` leaves {budget / 1e6:.0f} MB for "
+            'them. Raise `memory_budget=`, or use `estimator="sgd-ie"`.'
         )
 
 

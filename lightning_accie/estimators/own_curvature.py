@@ -4,13 +4,12 @@ For the samples j that step t draws, with g_j and H_j carrying their share 1/|m|
 
     Vᵀg_j,   VᵀH_jVc_j,   ⟨μ_t, H_jVc_j⟩,   and for all of them together   VᵀH_tV.
 
-μ_t (SGD-IE's, pulled back through U) is known on the backward walk, c_j on the forward one. So the
-backward walk notes what H_jμ_t is in a few numbers a visit, and the forward walk takes it up.
+c_j is known on the forward walk, μ_t (SGD-IE's λ_{t+1}, pulled back through U) on the backward one. So
+the forward walk notes a few numbers for every visit, and the backward walk takes them up.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import NamedTuple, Protocol
 
 import torch
@@ -20,27 +19,32 @@ from lightning_accie.errors import UnsupportedError, first_line
 from lightning_accie.estimators.base import Replay
 from lightning_accie.estimators.basis import Basis
 from lightning_accie.estimators.chunks import activation_bytes, chunk_size
-from lightning_accie.replay.outputs import Linearised, linearise
+from lightning_accie.replay.gauss_newton import linearise, outputs_along
 from lightning_accie.replay.state import Params, State, dot
+from lightning_accie.replay.step import MicroLoss
+from lightning_accie.replay.tape import Tape
 from lightning_accie.replay.walker import Visit
 
 _COPIES = 6
-_CHECKED = 8
-Note = list[Tensor]
-"""What the backward walk keeps of H_jμ_t, for the visits of one step."""
+
+
+class Note(NamedTuple):
+    """What is kept of a step's K visits."""
+
+    spots: Tensor
+    """``[K]``: which of the n samples each visit is of; a sample may have several."""
+    values: Tensor
+    """``[K, …]``: what ⟨μ_t, H_jVc_j⟩ will need."""
 
 
 class Own(NamedTuple):
-    """A step's own samples; K visits, of which a sample may have several."""
+    """A step's own samples, K visits."""
 
-    rows: Tensor
-    """``[K]``: which of the n samples each is."""
+    note: Note
     slope: Tensor
     """``[K, r]``: Vᵀg_j."""
     curved: Tensor
     """``[K, r]``: VᵀH_jVc_j."""
-    gain: Tensor
-    """``[K]``: ⟨μ_t, H_jVc_j⟩."""
     matrix: Tensor | None
     """``[r, r]``: VᵀH_tV, where asked for."""
 
@@ -48,12 +52,12 @@ class Own(NamedTuple):
 class OwnCurvature(Protocol):
     """A way to H_j and H_t."""
 
-    def note(self, visit: Visit, mu: Params, basis: Basis | None) -> Note:
-        """Keep of H_jμ_t what the forward walk needs."""
+    def forwards(self, visit: Visit, c: Tensor, *, matrix: bool) -> Own:
+        """Compute a step's share of the recursion at c, ``[n, r]``."""
         ...
 
-    def own(self, visit: Visit, note: Note, c: Tensor, basis: Basis, *, matrix: bool) -> Own:
-        """Compute a step's share of the recursion at c, ``[n, r]``."""
+    def backwards(self, visit: Visit, mu: Params, note: Note) -> Tensor:
+        """⟨μ_t, H_jVc_j⟩, ``[K]``."""
         ...
 
 
@@ -99,129 +103,129 @@ class FullHessian:
     Args:
         replay: the run.
         spots: the samples that are estimated.
+        basis: V.
     """
 
-    def __init__(self, replay: Replay, spots: Spots) -> None:
-        self._spots = spots
+    def __init__(self, replay: Replay, spots: Spots, basis: Basis) -> None:
+        self._spots, self._basis = spots, basis
         self._rows = chunk_size(replay, _COPIES)
 
-    def note(self, visit: Visit, mu: Params, basis: Basis | None) -> Note:
-        """VᵀH_jμ_t.
-
-        Returns:
-            One tensor ``[K, r]``, a row for each sample of the step.
-        """
-        assert basis is not None
-        samples, _ = self._spots.drawn(visit)
-        along = _filled(mu, visit.state.params)
-        found = [torch.zeros(0, basis.rank).to(basis.rows)]
-        for chunk in samples.split(self._rows):
-            same = {name: value.expand(len(chunk), *value.shape[1:]) for name, value in along.items()}
-            found.append(-basis.project(visit.map.leaving_out(visit.state.params, same, chunk)[1]))
-        return [torch.cat(found)]
-
-    def own(self, visit: Visit, note: Note, c: Tensor, basis: Basis, *, matrix: bool) -> Own:
-        """See `OwnCurvature.own`.
+    def forwards(self, visit: Visit, c: Tensor, *, matrix: bool) -> Own:
+        """See `OwnCurvature`; the note is c_j itself.
 
         Returns:
             The step's share, one row for each of its samples.
         """
         samples, spots = self._spots.drawn(visit)
-        slopes, curved = [c[:0]], [c[:0]]
-        for chunk, rows in zip(samples.split(self._rows), spots.split(self._rows), strict=True):
-            if len(chunk):
-                along = basis.combine(c[rows])
-                first, second = visit.map.leaving_out(visit.state.params, along, chunk)
-                slopes.append(-basis.project(first))
-                curved.append(-basis.project(second))
-        gain = (note[0] * c[spots]).sum(1)
-        step = self._matrix(visit, basis) if matrix else None
-        return Own(spots, torch.cat(slopes), torch.cat(curved), gain, step)
+        own = c[spots]
+        slopes, curved = [own[:0]], [own[:0]]
+        for chunk, at in zip(samples.split(self._rows), own.split(self._rows), strict=True):
+            first, second = self._left_out(visit, chunk, at)
+            slopes.append(-self._basis.project(first))
+            curved.append(-self._basis.project(second))
+        step = self._matrix(visit) if matrix else None
+        return Own(Note(spots, own), torch.cat(slopes), torch.cat(curved), step)
 
-    def _matrix(self, visit: Visit, basis: Basis) -> Tensor:
+    def backwards(self, visit: Visit, mu: Params, note: Note) -> Tensor:
+        """See `OwnCurvature`.
+
+        Returns:
+            ``[K]`` float64.
+        """
+        samples, _ = self._spots.drawn(visit)
+        gains = [torch.zeros(0, dtype=torch.float64, device=note.values.device)]
+        for chunk, at in zip(samples.split(self._rows), note.values.split(self._rows), strict=True):
+            gains.append(-dot(self._left_out(visit, chunk, at)[1], mu).reshape(len(chunk)))
+        return torch.cat(gains)
+
+    def _left_out(self, visit: Visit, samples: Tensor, c: Tensor) -> tuple[Params, Params]:
+        """-g_j and -H_jVc_j; nothing where there are no samples."""
+        if not len(samples):
+            return {}, {}
+        return visit.map.leaving_out(visit.state.params, self._basis.combine(c), samples)
+
+    def _matrix(self, visit: Visit) -> Tensor:
         """VᵀH_tV."""
         found = []
-        for start in range(0, basis.rank, self._rows):
-            part = {n: v[start : start + self._rows] for n, v in basis.directions.items()}
+        for start in range(0, self._basis.rank, self._rows):
+            part = {n: v[start : start + self._rows] for n, v in self._basis.directions.items()}
             count = len(next(iter(part.values())))
             still = {n: v.new_zeros(count, *v.shape) for n, v in visit.state.statistics.items()}
             _, products, _ = visit.map.products(visit.state, State(part, {}, still))
-            found.append(basis.project(products))
+            found.append(self._basis.project(products))
         return torch.cat(found)
 
 
 class GaussNewton:
-    """Everything from forward-mode derivatives of the network's outputs; see `replay.outputs`.
+    """Everything from derivatives of the network's outputs; see `replay.gauss_newton`.
 
-    A step takes one of them on the backward walk and r on the forward walk, however many samples it
+    A step takes r of them on the forward walk and one on the backward walk, however many samples it
     draws.
 
     Args:
         replay: the run.
         spots: the samples that are estimated.
+        basis: V.
     """
 
-    def __init__(self, replay: Replay, spots: Spots) -> None:
-        self._spots = spots
+    def __init__(self, replay: Replay, spots: Spots, basis: Basis) -> None:
+        self._spots, self._basis = spots, basis
         room = replay.memory_budget // max(1, _COPIES * activation_bytes(replay))
-        self._rows = max(1, room) if replay.walker.vectorize else 0
+        self._rows = max(1, room) if replay.walker.vectorize else 1
 
-    def note(self, visit: Visit, mu: Params, basis: Basis | None) -> Note:
-        """S_iJ_iμ_t.
-
-        Returns:
-            For each micro-batch ``[B, D]``.
-        """
-        along = _filled(mu, visit.state.params)
-        return [lin.curved[:, 0] for lin in linearised(visit, along, 1 if self._rows else 0)]
-
-    def own(self, visit: Visit, note: Note, c: Tensor, basis: Basis, *, matrix: bool) -> Own:
-        """See `OwnCurvature.own`.
+    def forwards(self, visit: Visit, c: Tensor, *, matrix: bool) -> Own:
+        """See `OwnCurvature`; the note is S_jJ_jVc_j.
 
         Returns:
             The step's share, one row for each place of its batches.
         """
         found = []
-        total = torch.zeros(basis.rank, basis.rank).to(c) if matrix else None
-        losses = linearised(visit, basis.directions, self._rows)
-        for loss, lin, noted in zip(visit.map.losses, losses, note, strict=True):
+        total = torch.zeros(self._basis.rank, self._basis.rank).to(c) if matrix else None
+        for loss in visit.map.losses:
+            lin = linearise(taped(loss, visit), self._basis.directions, rows=self._rows)
             if total is not None:
                 total += torch.einsum("bkd,bld->kl", lin.along, lin.curved)
             spots = self._spots.of(loss.samples)
             kept = spots >= 0
             along, spots = lin.along[kept], spots[kept]
-            own = c[spots].unsqueeze(1)
-            curved = (along @ (own @ lin.curved[kept]).transpose(1, 2)).squeeze(2)
-            gain = ((own @ along).squeeze(1) * noted[kept]).sum(1)
-            found.append((spots, lin.slopes[kept], curved, gain))
-        spots, slope, curved, gain = (torch.cat(parts) for parts in zip(*found, strict=True))
-        return Own(spots, slope, curved, gain, total)
+            pushed = torch.bmm(c[spots].unsqueeze(1), lin.curved[kept]).transpose(1, 2)
+            slope = torch.bmm(along, lin.errors[kept].unsqueeze(2))
+            curved = torch.bmm(along, pushed)
+            found.append((spots, pushed[:, :, 0], slope[:, :, 0], curved[:, :, 0]))
+        spots, pushed, slope, curved = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return Own(Note(spots, pushed), slope, curved, total)
+
+    def backwards(self, visit: Visit, mu: Params, note: Note) -> Tensor:
+        """See `OwnCurvature`.
+
+        Returns:
+            ``[K]``.
+        """
+        found = []
+        for loss in visit.map.losses:
+            loss.tape = taped(loss, visit)  # `StepMap.vjp` uses it up
+            kept = self._spots.of(loss.samples) >= 0
+            found.append(outputs_along(loss.tape, mu)[kept])
+        return (torch.cat(found) * note.values).sum(1)
 
 
-def linearised(visit: Visit, directions: Params, rows: int) -> list[Linearised]:
-    """A step's micro-batches along K directions.
+def taped(loss: MicroLoss, visit: Visit) -> Tape:
+    """A micro-batch's gradient with its graph.
 
     Args:
+        loss: one of the step's.
         visit: the step.
-        directions: K of them stacked, for all parameters.
-        rows: how many to push at once; 0 for one by one.
 
     Returns:
-        One for each micro-batch.
+        The one that the walk kept, or another.
     """
-    params = visit.state.params
-    return [linearise(loss, params, directions, rows=rows) for loss in visit.map.losses]
-
-
-def _filled(some: Params, params: Params) -> Params:
-    """One direction, ``[1, …]`` each, with zeros for the parameters that it lacks."""
-    return {n: (some[n] if n in some else torch.zeros_like(p))[None] for n, p in params.items()}
+    return loss.tape or Tape.of(loss, visit.map.used, visit.state.statistics)
 
 
 def check_gauss_newton(visit: Visit) -> None:
     """Refuse a step whose loss is no function of outputs in which it is convex.
 
-    The slopes of some samples along a direction, by the outputs' derivatives, must be those that
+    The samples' slopes along a direction, by the outputs' derivatives, must be those that
     differentiating the loss itself gives.
 
     Args:
@@ -239,20 +243,27 @@ def check_gauss_newton(visit: Visit) -> None:
 
 
 def _why_not(visit: Visit) -> str | None:
-    params, step = visit.state.params, replace(visit.map, tangents="one-by-one")
-    samples = torch.unique(step.samples)[:_CHECKED]
     generator = torch.Generator().manual_seed(0)
-    along = {n: torch.randn((1, *p.shape), generator=generator).to(p) for n, p in params.items()}
-    along = _filled({name: along[name][0] for name in step.used}, params)
-    try:
-        slopes = torch.cat([lin.slopes[:, 0] for lin in linearised(visit, along, 0)])
-        still = {n: p.new_zeros(len(samples), *p.shape) for n, p in params.items()}
-        first, _ = step.leaving_out(params, still, samples)
-    except (RuntimeError, NotImplementedError) as error:
-        return first_line(error).rstrip(".")
-    found = (slopes * (step.samples == samples[:, None])).sum(1)
-    expected = -dot(first, {name: along[name][0] for name in first}).to(found)
-    tolerance = step.losses[0].program.analysis.tolerances.gradient  # type: ignore[attr-defined]
-    if float((found - expected).norm()) > tolerance * float(expected.norm()):
-        return "its loss depends on the weights in other ways than through what enters its losses"
+    params = visit.state.params
+    along = {
+        name: torch.randn(params[name].shape, generator=generator).to(params[name])
+        for name in visit.map.used
+    }
+    for loss in visit.map.losses:
+        tape = Tape.of(loss, visit.map.used)
+        if not tape.outputs:
+            return (
+                "its loss is none that is convex in the rows of what enters it, such as "
+                "`F.cross_entropy` or `F.mse_loss`"
+            )
+        one = {name: value[None] for name, value in along.items()}
+        try:
+            lin = linearise(tape, one, rows=1)
+        except (RuntimeError, NotImplementedError) as error:
+            return first_line(error).rstrip(".")
+        found = (lin.along[:, 0] * lin.errors).sum(1)
+        expected = tape.product(along)[1]
+        tolerance = loss.program.analysis.tolerances.gradient  # type: ignore[attr-defined]
+        if float((found - expected).norm()) > tolerance * float(expected.norm()):
+            return "its loss depends on the weights in other ways than by what enters its losses"
     return None

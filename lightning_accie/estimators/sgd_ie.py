@@ -13,9 +13,7 @@ One backward walk ranks every sample: the result is -dq/dw_i, with w_i shared by
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,36 +24,20 @@ from lightning_accie.replay.step import StepMap
 from lightning_accie.replay.walker import Visit
 
 
-class Pull(NamedTuple):
-    """One step of the backward walk."""
-
-    visit: Visit
-    after: State
-    """λ_{t+1}."""
-    by_weight: Tensor
-    """γ_t, ``[N]``."""
-
-
-def pulled_back(replay: Replay, *, curvature: bool = True) -> Iterator[Pull]:
-    """Pull ∇q back through the run.
+def at_the_end(replay: Replay) -> State:
+    """λ_T.
 
     Args:
         replay: the run and the query.
-        curvature: whether the loss's Hessian takes part.
 
-    Yields:
-        Every step, the last one first.
+    Returns:
+        ∇q by the parameters and running statistics, and 0 for what the optimiser keeps.
     """
     final = replay.final.state
     zero = zeros_like(final)
     gradient = {**zero.visible, **replay.query.gradient(final.visible)}
     statistics = {name: gradient.pop(name) for name in final.statistics}
-    cotangent = State(gradient, zero.slots, statistics)
-    for visit in replay.walker.backwards():
-        pull = visit.map.vjp if curvature else visit.map.vjp_without_curvature
-        before, by_weight = pull(visit.state, cotangent)
-        yield Pull(visit, cotangent, by_weight)
-        cotangent = before
+    return State(gradient, zero.slots, statistics)
 
 
 def no_larger_than_the_run(replay: Replay, influence: Tensor) -> Tensor:
@@ -94,11 +76,14 @@ class SgdIE(Estimator):
             finite or larger than what the whole run did to the query, which is no small change any
             more.
         """
+        cotangent = at_the_end(replay)
         influence = torch.zeros(replay.span, dtype=torch.float64)
         steps = len(replay.walker)
         with replay.progress.task(self._description(), steps) as advance:
-            for pull in pulled_back(replay, curvature=self.curvature):
-                influence.index_add_(0, pull.visit.map.samples, -pull.by_weight.double().cpu())
+            for visit in replay.walker.backwards():
+                pull = visit.map.vjp if self.curvature else visit.map.vjp_without_curvature
+                cotangent, by_weight = pull(visit.state, cotangent)
+                influence.index_add_(0, visit.map.samples, -by_weight.double().cpu())
                 advance(1)
         values = influence[replay.samples]
         trusted = values.isfinite()

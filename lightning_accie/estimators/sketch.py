@@ -1,68 +1,73 @@
-"""Which directions a run moves its parameters in, when samples are left out: V from mixed gradients.
+"""V from mixed gradients: the directions in which a run moves its parameters when samples are left out.
 
-Every Δ_j is made of the η g_j of its visits, damped by the steps in between. A gradient with random
-weights, Σ_i ω_i η g_i, mixes those of a step's samples, and few such mixtures span what the leading
-right singular vectors of all of them do (Halko, Martinsson, Tropp, arXiv 0909.4061).
+Every Δ_j is made of the g_j of its visits, damped by the steps in between. A gradient with random
+weights, Σ_i ω_i g_i, mixes those of a step's samples, and few such mixtures span what the leading right
+singular vectors of all of them do (Halko, Martinsson, Tropp, arXiv 0909.4061). The run's first steps, as
+many as it takes to see every sample, are mixed at several points on the line from θ_0 to θ_T; to mix
+them along the run itself takes a walk over all of it, and brings no more (see docs/estimators.md).
 """
 
 from __future__ import annotations
+
+from collections import Counter
 
 import torch
 from torch import Tensor
 
 from lightning_accie.estimators.base import Replay
 from lightning_accie.estimators.basis import Basis, complete, leading
+from lightning_accie.replay.state import Params
 from lightning_accie.replay.walker import Visit
 
 _OVERSAMPLING = 4
+"""Mixtures for each direction."""
+_POINTS = 5
+"""Points on the line from θ_0 to θ_T."""
 
 
-class Sketch:
-    """Collects mixed gradients at steps spread over a run.
+def sketched(replay: Replay, rank: int, seed: int) -> Basis:
+    """Find V.
 
     Args:
         replay: the run.
         rank: r.
         seed: of the random weights.
+
+    Returns:
+        r directions, or fewer where the mixtures span no more; all directions where r is no smaller
+        than the number of trained parameters.
     """
+    start, end = replay.walker.start().state.params, replay.final.state.params
+    names = replay.walker.program.trainable
+    if rank >= sum(end[name].numel() for name in names):
+        return complete(names, end)
+    generator = torch.Generator().manual_seed(seed)
+    count = _OVERSAMPLING * rank
+    steps = torch.linspace(0, int(replay.first.max()), count).round().long().tolist()
+    planned = Counter((step, place % _POINTS) for place, step in enumerate(steps))
+    rows: list[Tensor] = []
+    with replay.progress.task("low-rank: directions", steps[-1] + 1) as advance:
+        for visit in replay.walker.forwards():
+            for point in range(_POINTS):
+                along = point / (_POINTS - 1)
+                at = {n: torch.lerp(value, end[n], along) for n, value in start.items()}
+                if planned[visit.step, point]:
+                    rows.append(_mixed(visit, at, names, planned[visit.step, point], generator))
+            advance(1)
+            if visit.step == steps[-1]:
+                break
+    return leading(torch.cat(rows), rank, names, end)
 
-    def __init__(self, replay: Replay, rank: int, seed: int) -> None:
-        self._params = replay.final.state.params
-        self._names = replay.walker.program.trainable
-        self._rank = rank
-        self._size = sum(self._params[name].numel() for name in self._names)
-        self._generator = torch.Generator().manual_seed(seed)
-        rows = torch.linspace(0, len(replay.walker) - 1, _OVERSAMPLING * rank).round().long()
-        self._per_step = torch.bincount(rows, minlength=len(replay.walker)).tolist()
-        self._rows: list[Tensor] = []
 
-    @property
-    def _complete(self) -> bool:
-        return self._rank >= self._size
-
-    def meet(self, visit: Visit) -> None:
-        """Mix the gradients of a step's samples, if it is one of those chosen."""
-        count = self._per_step[visit.step]
-        if not count or self._complete or not visit.map.losses:
-            return
-        ones = visit.map.ones()
-        weights = torch.randn(count, len(ones), generator=self._generator, dtype=torch.float64)
-        mixed = visit.map.gradients(visit.state.params, weights.to(ones))
-        parts = []
-        for name in self._names:
-            if name in mixed:
-                rate = float(visit.map.update.settings[name]["lr"])
-                parts.append(rate * mixed[name].reshape(count, -1))
-            else:
-                parts.append(ones.new_zeros(count, self._params[name].numel()))
-        self._rows.append(torch.cat(parts, 1))
-
-    def basis(self) -> Basis:
-        """V.
-
-        Returns:
-            r directions, or fewer where the mixtures span no more; all of them where r is large enough.
-        """
-        if self._complete:
-            return complete(self._names, self._params)
-        return leading(torch.cat(self._rows), self._rank, self._names, self._params)
+def _mixed(
+    visit: Visit, params: Params, names: tuple[str, ...], count: int, generator: torch.Generator
+) -> Tensor:
+    """Mixtures of the gradients of a step's samples, ``[count, p]``; none where it drew none."""
+    ones = visit.map.ones()
+    weights = torch.randn(count, len(ones), generator=generator, dtype=torch.float64).to(ones)
+    found = visit.map.gradients(params, weights) if len(ones) else {}
+    parts = [
+        found[name] if name in found else params[name].new_zeros(count, params[name].numel())
+        for name in names
+    ]
+    return torch.cat([part.reshape(count, -1) for part in parts], 1)

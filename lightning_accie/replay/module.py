@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import grad
 from torch.utils import _pytree as pytree
 
 from lightning_accie.errors import ReplayMismatchError, TrajectoryError, UnsupportedError
@@ -17,13 +16,13 @@ from lightning_accie.replay.batches import Batches, versions
 from lightning_accie.replay.loss_form import LossForm
 from lightning_accie.replay.neutral import StandInTrainer, neutral_copy
 from lightning_accie.replay.operators import Differentiable
-from lightning_accie.replay.outputs import Observed, OutputsMode
-from lightning_accie.replay.per_sample import ReductionMode, WeightedReduction
+from lightning_accie.replay.outputs import Outputs
+from lightning_accie.replay.per_sample import WeightedReduction
 from lightning_accie.replay.precision import Precision
 from lightning_accie.replay.random_state import Restorable
 from lightning_accie.replay.state import Params
 from lightning_accie.replay.statistics import RunningStatistics, tracks
-from lightning_accie.replay.tape import Tape
+from lightning_accie.replay.tape import Bound, Tape
 from lightning_accie.trajectory.records import MicroBatch
 
 SampleLosses = Callable[[Any, Any], Tensor]
@@ -300,47 +299,27 @@ class TrainingProgram:
         Raises:
             ReplayMismatchError: if ``training_step`` returns None.
         """
-        if self.sample_losses is None:
-            spans = self.batches.spans(micro)
-            mode = WeightedReduction(weights, self.form, spans=spans, around=around)
-            return self.meeting(mode, micro, random, params)
-        with self._explicit(micro, random, params) as batch:
-            return self._with_sample_losses(batch, micro, random, weights)
+        return self.observed(micro, random, weights, params, around=around)[0]
 
-    def meeting(
+    def observed(
         self,
-        mode: ReductionMode,
         micro: MicroBatch,
         random: Restorable | None,
+        weights: Tensor,
         params: Params | None = None,
-    ) -> Tensor:
-        """The step's loss as it comes out where something else takes its reductions' place.
-
-        Args:
-            mode: what does.
-            micro: the record.
-            random: the generators' states before it, or None where it draws nothing.
-            params: explicit parameters, or None for those bound.
-
-        Returns:
-            What ``training_step`` returned.
-
-        Raises:
-            ReplayMismatchError: if it returns None.
-        """
-        with self._explicit(micro, random, params) as batch, mode:
-            loss = self._training_step(batch, micro)
-        return _require(loss, micro)
-
-    @contextmanager
-    def _explicit(
-        self, micro: MicroBatch, random: Restorable | None, params: Params | None
-    ) -> Iterator[Any]:
-        """Set up a run of the step that leaves the copy as it was; gives the batch."""
+        *,
+        around: bool = True,
+    ) -> tuple[Tensor, list[Outputs]]:
+        """The same, and what entered the losses; see `weighted` and `WeightedReduction.outputs`."""
         batch = self._prepare(micro, random)
         kept = self._buffers_kept() if self.writes_buffers else nullcontext()
         with self.precision(), self._differentiable(), self._on(params), kept:
-            yield batch
+            if self.sample_losses is not None:
+                return self._with_sample_losses(batch, micro, random, weights), []
+            spans = self.batches.spans(micro)
+            with WeightedReduction(weights, self.form, spans=spans, around=around) as mode:
+                loss = self._training_step(batch, micro)
+        return _require(loss, micro), mode.outputs
 
     @contextmanager
     def fixed_statistics(self) -> Iterator[None]:
@@ -494,39 +473,15 @@ class RecordedLoss:
             loss = self.program.weighted(self.micro, self.random, weights, params, around=False)
         return loss / self.micro.divisor, after
 
-    def outputs(self, params: Params) -> Observed:
-        """The network's outputs from explicit parameters, and how the loss depends on them.
-
-        Returns:
-            What `OutputsMode` observed; runs under `torch.func`'s transforms.
-
-        Raises:
-            UnsupportedError: if the loss is no function of such outputs.
-        """
-        program = self.program
-        if program.sample_losses is not None:
-            raise UnsupportedError("the samples' losses come from `sample_losses`")
-        if program.form.penalty:
-            raise UnsupportedError("a part of the loss belongs to no sample")
-        mode = OutputsMode(program.form, len(self.samples))
-
-        def run(slots: Tensor) -> tuple[Tensor, list[Tensor]]:
-            mode.begin(slots)
-            loss = program.meeting(mode, self.micro, self.random, params)
-            return loss / self.micro.divisor, mode.outputs
-
-        shares, outputs = grad(run, has_aux=True)(mode.slots(self.ones()))
-        return Observed(outputs, shares, mode.losses)
-
-    def bound(self, weights: Tensor, statistics: Params) -> tuple[Tensor, Params, Params]:
+    def bound(self, weights: Tensor, statistics: Params) -> Bound:
         """The loss from the bound parameters.
 
         Returns:
-            A scalar with its graph, the parameters, and the running statistics after it.
+            A scalar with its graph, and what belongs to it.
         """
         with self._following(statistics) as after:
-            loss = self.program.weighted(self.micro, self.random, weights)
-        return loss / self.micro.divisor, self.program.parameters, after
+            loss, outputs = self.program.observed(self.micro, self.random, weights)
+        return Bound(loss / self.micro.divisor, self.program.parameters, after, outputs)
 
     def _following(self, statistics: Params) -> AbstractContextManager[Params]:
         """DDP keeps the statistics of rank 0 alone."""

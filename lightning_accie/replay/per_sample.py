@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import Tensor
 from lightning_accie.errors import UnsupportedError
 from lightning_accie.replay.loss_form import BY_HAND, ROWS, Layout, LossForm
 from lightning_accie.replay.operators import Differentiable
+from lightning_accie.replay.outputs import Outputs
 
 
 def _count(elements: Tensor, arguments: Mapping[str, Any]) -> Tensor | float:
@@ -91,22 +92,10 @@ _CURVED = {
     F.smooth_l1_loss,
     F.soft_margin_loss,
 }
-"""Losses that are convex and curved in their ``input``, which Gauss-Newton makes use of. Others leave
-all of the curvature to what comes before them (``nll_loss`` is linear), or are not convex in it."""
+"""Losses that are convex and curved in their ``input``. Others leave all of the curvature to what comes
+before them (``nll_loss`` is linear), or are not convex in it."""
 _SIGNATURES = {loss: inspect.signature(loss) for loss in _LOSSES}
 _HAND_WRITTEN = {torch.Tensor.mean, torch.mean, torch.Tensor.sum, torch.sum}
-
-
-def wide(elements: Tensor) -> Tensor:
-    """At least 32 bits: a weighted sum in 16 would round the weights away.
-
-    Args:
-        elements: what is summed.
-
-    Returns:
-        The same, cast where needed.
-    """
-    return elements.to(torch.promote_types(elements.dtype, torch.float32))
 
 
 @dataclass(frozen=True)
@@ -119,6 +108,7 @@ class Reduction:
         own: the reduction as the user wrote it.
         along: the same over other elements of that shape.
         dims: the dimensions that it reduces; None for all.
+        outputs: what enters the loss, where that is one that is convex and curved in it.
     """
 
     name: str
@@ -126,6 +116,7 @@ class Reduction:
     own: Callable[[], Tensor]
     along: Callable[[Tensor], Tensor]
     dims: tuple[int, ...] | None = None
+    outputs: Tensor | None = None
 
     def weighted(self, weights: Tensor, layout: Layout) -> Tensor:
         """Reduce with a factor for each sample.
@@ -137,7 +128,7 @@ class Reduction:
         Returns:
             The reduction of w_i times the elements of sample i, over the user's own denominator.
         """
-        elements = wide(self.elements)
+        elements = _wide(self.elements)
         return self.along(elements * layout.spread(weights.to(elements), elements.shape))
 
 
@@ -148,34 +139,14 @@ class _Sum(Reduction):
     denominator: Tensor | float = 1.0
 
     def weighted(self, weights: Tensor, layout: Layout) -> Tensor:
-        per_sample = layout.per_sample(wide(self.elements), len(weights))
+        per_sample = layout.per_sample(_wide(self.elements), len(weights))
         return torch.dot(per_sample, weights.to(per_sample.dtype)) / self.denominator
 
 
-@dataclass(frozen=True)
-class CurvedLoss(_Sum):
-    """A loss that is convex in the network's outputs.
+def _wide(elements: Tensor) -> Tensor:
+    """At least 32 bits: a weighted sum in 16 would round the weights away."""
+    return elements.to(torch.promote_types(elements.dtype, torch.float32))
 
-    Attributes:
-        outputs: its ``input``.
-        of_outputs: the elements from other outputs of that shape.
-    """
-
-    outputs: Tensor = field(default_factory=lambda: torch.zeros(0))
-    of_outputs: Callable[[Tensor], Tensor] = wide
-
-    def terms(self, outputs: Tensor, layout: Layout, batch: int) -> Tensor:
-        """Each sample's terms of the reduction.
-
-        Args:
-            outputs: in place of the network's.
-            layout: which elements are whose.
-            batch: B.
-
-        Returns:
-            ``[B]``, over the user's own denominator.
-        """
-        return layout.per_sample(wide(self.of_outputs(outputs)), batch) / self.denominator
 
 class ReductionMode(Differentiable):
     """Meets every reduction of the user's step that sample weights might go into.
@@ -235,26 +206,14 @@ class ReductionMode(Differentiable):
             denominator = _LOSSES[func](elements, arguments)
             if func is F.ctc_loss:  # a mean over the samples of what is already one by length
                 elements = elements / _lengths(arguments["target_lengths"], elements)
-        own = partial(func, *args, **kwargs)
-
-        def along(other: Tensor) -> Tensor:
-            return other.sum() / denominator
-
-        if func not in _CURVED:
-            return self.meet(_Sum(func.__name__, elements, own, along, denominator=denominator))
-
-        def of_outputs(outputs: Tensor) -> Tensor:
-            return func(**{**arguments, "input": outputs})
-
         return self.meet(
-            CurvedLoss(
+            _Sum(
                 func.__name__,
                 elements,
-                own,
-                along,
+                partial(func, *args, **kwargs),
+                lambda other: other.sum() / denominator,
+                outputs=arguments["input"] if func in _CURVED else None,
                 denominator=denominator,
-                outputs=arguments["input"],
-                of_outputs=of_outputs,
             )
         )
 
@@ -305,6 +264,8 @@ class WeightedReduction(ReductionMode):
         self.spans = spans or {}
         self.around = around
         self.met = 0
+        self.outputs: list[Outputs] = []
+        """What entered the weighted losses, where its rows are the samples' own."""
 
     def meet(self, reduction: Reduction) -> Tensor:
         """Weight a reduction.
@@ -330,6 +291,9 @@ class WeightedReduction(ReductionMode):
                 f"batch has {len(weights)} samples: its rows cannot be told apart by sample. Pass "
                 "`sample_losses=` to InfluenceCallback."
             )
+        entered = reduction.outputs
+        if entered is not None and layout.axis == 0 and layout.source is None:
+            self.outputs.append(Outputs(entered, layout, len(weights)))
         if not self.around:
             return reduction.weighted(weights, layout)
         own = reduction.own()

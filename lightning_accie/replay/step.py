@@ -31,7 +31,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_accie.replay import plain_autograd
 from lightning_accie.replay.state import Params, State, unflatten_like
-from lightning_accie.replay.tape import Tape
+from lightning_accie.replay.tape import Bound, Tape
 from lightning_accie.replay.update import Update
 
 TANGENTS = ("vectorized", "one-by-one", "double-backward")
@@ -62,8 +62,8 @@ class MicroLoss(Protocol):
         """
         ...
 
-    def bound(self, weights: Tensor, statistics: Params) -> tuple[Tensor, Params, Params]:
-        """The same from the module's bound parameters, which come second, for plain autograd."""
+    def bound(self, weights: Tensor, statistics: Params) -> Bound:
+        """The same from the module's bound parameters, for plain autograd."""
         ...
 
     def held(self, params: Params | None = None) -> AbstractContextManager[None]:

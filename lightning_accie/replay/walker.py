@@ -138,15 +138,23 @@ class Walker:
         """
         return self._load(0)
 
-    def forwards(self) -> Iterator[Visit]:
+    def forwards(self, kept: list[Visit] | None = None) -> Iterator[Visit]:
         """Walk from s_0 to s_T.
 
+        Args:
+            kept: a list for `backwards`, which then need not run the steps again: takes the visits
+                where all of them fit the memory budget, and nothing where they do not.
+
         Yields:
-            Every step in order.
+            Every step in order; with ``kept``, with the graphs of its losses where `_keeps_tapes`.
         """
+        keep_tape = kept is not None and self._keeps_tapes()
+        fits = kept is not None and len(self) <= self._room()
         snapshot = self.start()
         for _ in range(len(self)):
-            visit, following = self._advance(snapshot)
+            visit, following = self._advance(snapshot, keep_tape=keep_tape)
+            if fits and kept is not None:
+                kept.append(visit)
             self._rebind(visit)
             yield visit
             snapshot = following
@@ -164,14 +172,19 @@ class Walker:
             snapshot = self._advance(snapshot)[1]
         return snapshot
 
-    def backwards(self) -> Iterator[Visit]:
+    def backwards(self, kept: list[Visit] | None = None) -> Iterator[Visit]:
         """Walk from s_{T-1} down to s_0, recomputing segments that do not fit the memory budget.
+
+        Args:
+            kept: what `forwards` kept of the whole run; used up.
 
         Yields:
             Every step, the last one first.
         """
-        start = self.start()
-        yield from self._reversed(start, len(self), self._room())
+        if kept:
+            yield from self._popped(kept)
+        else:
+            yield from self._reversed(self.start(), len(self), self._room())
 
     def passes(self) -> int:
         """Count how often `backwards` runs each step forwards.
@@ -204,10 +217,7 @@ class Walker:
             for _ in range(length):
                 visit, snapshot = self._advance(snapshot, keep_tape=self._keeps_tapes())
                 visits.append(visit)
-            while visits:
-                visit = visits.pop()
-                self._rebind(visit)
-                yield visit
+            yield from self._popped(visits)
             return
         keep = _anchors(room)
         stride = math.ceil(length / keep)
@@ -222,6 +232,12 @@ class Walker:
             anchor = anchors.pop()
             yield from self._reversed(anchor, end, max(2, room - keep))
             end = anchor.step
+
+    def _popped(self, visits: list[Visit]) -> Iterator[Visit]:
+        while visits:
+            visit = visits.pop()
+            self._rebind(visit)
+            yield visit
 
     def _rebind(self, visit: Visit) -> None:
         self.program.bind(visit.state.params)
