@@ -119,10 +119,11 @@ def leading(vectors: Tensor, rank: int, names: Sequence[str], params: Params) ->
     Returns:
         Their basis.
     """
-    gram = vectors @ vectors.T  # M is far smaller than p
-    values, left = torch.linalg.eigh(gram.double())
-    values, left = values.flip(0)[:rank], left.flip(1)[:, :rank]
-    kept = values > values[0] * torch.finfo(vectors.dtype).eps * len(vectors)
-    weights = (left[:, kept] / values[kept].sqrt()).to(vectors)
-    rows = torch.linalg.qr((weights.T @ vectors).T).Q.T.contiguous()
+    rows = vectors
+    for _ in range(2):  # once more, since squaring loses half of the digits
+        gram = rows @ rows.T  # M is far smaller than p
+        values, left = torch.linalg.eigh(gram.double())
+        values, left = values.flip(0)[:rank], left.flip(1)[:, :rank]
+        kept = values > values[0] * torch.finfo(rows.dtype).eps * len(rows)
+        rows = (left[:, kept] / values[kept].sqrt()).T.to(rows) @ rows
     return Basis(rows, names, params)

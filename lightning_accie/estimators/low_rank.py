@@ -48,7 +48,7 @@ from lightning_accie.estimators.reduced import ReducedUpdate, check_update
 from lightning_accie.estimators.sgd_ie import SgdIE, at_the_end, no_larger_than_the_run
 from lightning_accie.estimators.sketch import sketched
 from lightning_accie.replay.state import dot
-from lightning_accie.replay.walker import Visit
+from lightning_accie.replay.walker import Kept, Visit
 
 CURVATURES = ("gauss-newton", "hessian")
 QUERIES = ("second-order", "linear")
@@ -135,7 +135,7 @@ class LowRankAccSgdIE(Estimator):
         basis = sketched(replay, self.rank, self.seed)
         way = FullHessian if self.curvature == "hessian" else GaussNewton
         own: OwnCurvature = way(replay, spots, basis)
-        kept: list[Visit] = []
+        kept = Kept()
         notes, c = self._forwards(replay, own, basis, kept, samples)
         first, correction = self._backwards(replay, own, notes, kept, len(samples))
         return self._found(replay, samples, first[samples], correction, basis, c)
@@ -161,7 +161,7 @@ class LowRankAccSgdIE(Estimator):
             check_gauss_newton(visit)
 
     def _forwards(
-        self, replay: Replay, own: OwnCurvature, basis: Basis, kept: list[Visit], samples: Tensor
+        self, replay: Replay, own: OwnCurvature, basis: Basis, kept: Kept, samples: Tensor
     ) -> tuple[list[Note | None], Tensor]:
         """What every step found, and c at the end of the run, ``[n, r]``."""
         c = basis.rows.new_zeros(len(samples), basis.rank)
@@ -178,7 +178,7 @@ class LowRankAccSgdIE(Estimator):
                     found = own.forwards(visit, c, matrix=stale)
                     matrix = found.matrix if stale else matrix
                     note = found.note
-                    change = (c @ matrix).index_add_(0, note.spots, -found.slope - found.curved)
+                    change = (c @ matrix).index_add_(0, note.spots, -found.slope - found.bend)
                     c, slots = update(visit, c, slots, change)
                     if not any(notes):
                         _check_memory(note, visits, replay.memory_budget)
@@ -191,12 +191,12 @@ class LowRankAccSgdIE(Estimator):
         replay: Replay,
         own: OwnCurvature,
         notes: list[Note | None],
-        kept: list[Visit],
+        kept: Kept,
         count: int,
     ) -> tuple[Tensor, Tensor]:
         """SGD-IE's figure by sample number, and what the own curvature adds to it, ``[n]``."""
         influence = torch.zeros(replay.span, dtype=torch.float64)
-        correction = torch.zeros(count, dtype=torch.float64)
+        correction = torch.zeros(count, dtype=torch.float64, device=replay.walker.program.device)
         cotangent = at_the_end(replay)
         with replay.progress.task("low-rank: backwards", len(replay.walker)) as advance:
             for visit in replay.walker.backwards(kept):
@@ -205,11 +205,11 @@ class LowRankAccSgdIE(Estimator):
                     still = {name: visit.state.params[name] for name in visit.map.used}
                     mu = visit.map.update.vjp(visit.state, still, cotangent)[1]
                     gain = own.backwards(visit, mu, note)
-                    correction.index_add_(0, note.spots, -gain.double().cpu())
+                    correction.index_add_(0, note.spots, -gain.double())
                 cotangent, by_weight = visit.map.vjp(visit.state, cotangent)
                 influence.index_add_(0, visit.map.samples, -by_weight.double().cpu())
                 advance(1)
-        return influence, correction
+        return influence, correction.cpu()
 
     def _found(
         self,

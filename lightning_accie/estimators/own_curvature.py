@@ -19,7 +19,7 @@ from lightning_accie.errors import UnsupportedError, first_line
 from lightning_accie.estimators.base import Replay
 from lightning_accie.estimators.basis import Basis
 from lightning_accie.estimators.chunks import activation_bytes, chunk_size
-from lightning_accie.replay.gauss_newton import linearise, outputs_along
+from lightning_accie.replay.gauss_newton import curved, errors, outputs_along
 from lightning_accie.replay.state import Params, State, dot
 from lightning_accie.replay.step import MicroLoss
 from lightning_accie.replay.tape import Tape
@@ -43,7 +43,7 @@ class Own(NamedTuple):
     note: Note
     slope: Tensor
     """``[K, r]``: Vᵀg_j."""
-    curved: Tensor
+    bend: Tensor
     """``[K, r]``: VᵀH_jVc_j."""
     matrix: Tensor | None
     """``[r, r]``: VᵀH_tV, where asked for."""
@@ -70,8 +70,9 @@ class Spots:
     """
 
     def __init__(self, replay: Replay, samples: Tensor) -> None:
-        self._spots = torch.full((replay.span,), -1)
-        self._spots[samples] = torch.arange(len(samples))
+        device = replay.walker.program.device
+        self._spots = torch.full((replay.span,), -1, device=device)
+        self._spots[samples] = torch.arange(len(samples), device=device)
 
     def of(self, samples: Tensor) -> Tensor:
         """Look samples up.
@@ -92,7 +93,7 @@ class Spots:
         """
         samples = torch.unique(visit.map.samples)
         spots = self.of(samples)
-        return samples[spots >= 0], spots[spots >= 0]
+        return samples[(spots >= 0).to(samples.device)], spots[spots >= 0]
 
 
 class FullHessian:
@@ -118,13 +119,13 @@ class FullHessian:
         """
         samples, spots = self._spots.drawn(visit)
         own = c[spots]
-        slopes, curved = [own[:0]], [own[:0]]
+        slopes, bends = [own[:0]], [own[:0]]
         for chunk, at in zip(samples.split(self._rows), own.split(self._rows), strict=True):
             first, second = self._left_out(visit, chunk, at)
             slopes.append(-self._basis.project(first))
-            curved.append(-self._basis.project(second))
+            bends.append(-self._basis.project(second))
         step = self._matrix(visit) if matrix else None
-        return Own(Note(spots, own), torch.cat(slopes), torch.cat(curved), step)
+        return Own(Note(spots, own), torch.cat(slopes), torch.cat(bends), step)
 
     def backwards(self, visit: Visit, mu: Params, note: Note) -> Tensor:
         """See `OwnCurvature`.
@@ -180,20 +181,23 @@ class GaussNewton:
             The step's share, one row for each place of its batches.
         """
         found = []
-        total = torch.zeros(self._basis.rank, self._basis.rank).to(c) if matrix else None
+        total = c.new_zeros(self._basis.rank, self._basis.rank) if matrix else None
         for loss in visit.map.losses:
-            lin = linearise(taped(loss, visit), self._basis.directions, rows=self._rows)
+            tape, spots = taped(loss, visit), self._spots.of(loss.samples)
+            along = outputs_along(tape, self._basis.directions, rows=self._rows)
             if total is not None:
-                total += torch.einsum("bkd,bld->kl", lin.along, lin.curved)
-            spots = self._spots.of(loss.samples)
-            kept = spots >= 0
-            along, spots = lin.along[kept], spots[kept]
-            pushed = torch.bmm(c[spots].unsqueeze(1), lin.curved[kept]).transpose(1, 2)
-            slope = torch.bmm(along, lin.errors[kept].unsqueeze(2))
-            curved = torch.bmm(along, pushed)
-            found.append((spots, pushed[:, :, 0], slope[:, :, 0], curved[:, :, 0]))
-        spots, pushed, slope, curved = (torch.cat(parts) for parts in zip(*found, strict=True))
-        return Own(Note(spots, pushed), slope, curved, total)
+                bent = curved(tape, along, rows=self._rows)
+                total += along.flatten(1) @ bent.flatten(1).T
+            own = torch.where(spots[:, None] >= 0, c[spots], 0.0)
+            moved = (along * own.T.unsqueeze(2)).sum(0)  # J_jVc_j
+            pushed = curved(tape, moved[None], rows=1)[0]
+            slope, bend = (along * errors(tape)).sum(2).T, (along * pushed).sum(2).T
+            found.append((spots, pushed, slope, bend))
+        spots, pushed, slope, bend = (torch.cat(parts) for parts in zip(*found, strict=True))
+        kept = spots >= 0
+        if not bool(kept.all()):
+            spots, pushed, slope, bend = (v[kept] for v in (spots, pushed, slope, bend))
+        return Own(Note(spots, pushed), slope, bend, total)
 
     def backwards(self, visit: Visit, mu: Params, note: Note) -> Tensor:
         """See `OwnCurvature`.
@@ -201,11 +205,12 @@ class GaussNewton:
         Returns:
             ``[K]``.
         """
+        direction = {name: value[None] for name, value in mu.items()}
         found = []
         for loss in visit.map.losses:
             loss.tape = taped(loss, visit)  # `StepMap.vjp` uses it up
-            kept = self._spots.of(loss.samples) >= 0
-            found.append(outputs_along(loss.tape, mu)[kept])
+            along = outputs_along(loss.tape, direction, rows=1)[0]
+            found.append(along[self._spots.of(loss.samples) >= 0])
         return (torch.cat(found) * note.values).sum(1)
 
 
@@ -245,7 +250,7 @@ def check_gauss_newton(visit: Visit) -> None:
 def _why_not(visit: Visit) -> str | None:
     generator = torch.Generator().manual_seed(0)
     params = visit.state.params
-    along = {
+    mu = {
         name: torch.randn(params[name].shape, generator=generator).to(params[name])
         for name in visit.map.used
     }
@@ -256,13 +261,13 @@ def _why_not(visit: Visit) -> str | None:
                 "its loss is none that is convex in the rows of what enters it, such as "
                 "`F.cross_entropy` or `F.mse_loss`"
             )
-        one = {name: value[None] for name, value in along.items()}
+        one = {name: value[None] for name, value in mu.items()}
         try:
-            lin = linearise(tape, one, rows=1)
+            along = outputs_along(tape, one, rows=1)[0]
         except (RuntimeError, NotImplementedError) as error:
             return first_line(error).rstrip(".")
-        found = (lin.along[:, 0] * lin.errors).sum(1)
-        expected = tape.product(along)[1]
+        found = (along * errors(tape)).sum(1)
+        expected = tape.product(mu)[1]
         tolerance = loss.program.analysis.tolerances.gradient  # type: ignore[attr-defined]
         if float((found - expected).norm()) > tolerance * float(expected.norm()):
             return "its loss depends on the weights in other ways than by what enters its losses"

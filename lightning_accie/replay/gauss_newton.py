@@ -11,7 +11,6 @@ differentiate twice (no forward mode is needed).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,56 +19,59 @@ from lightning_accie.replay.state import Params
 from lightning_accie.replay.tape import Tape
 
 
-class Linearised(NamedTuple):
-    """A micro-batch's outputs to first order in θ, along K directions; D outputs a sample in all."""
-
-    along: Tensor
-    """``[B, K, D]``: J_i times the directions."""
-    curved: Tensor
-    """``[B, K, D]``: S_iJ_i times the directions."""
-    errors: Tensor
-    """``[B, D]``: e_i; c_m and 1/|m| are in S and e."""
-
-
-def linearise(tape: Tape, directions: Params, *, rows: int) -> Linearised:
-    """Differentiate a micro-batch's outputs along many directions; the graph stays.
-
-    Args:
-        tape: its gradient with the graph.
-        directions: K of them stacked, for the parameters in use.
-        rows: how many go through the graph at once; 1 for one by one.
-
-    Returns:
-        J and SJ along the directions, and e.
-    """
-    with tape.held():
-        along = _along(tape, directions, rows)
-        values = [one.value for one in tape.outputs]
-        curved = _many(list(tape.errors), values, along, rows)
-    errors = [error.detach()[None] for error in tape.errors]
-    return Linearised(_sorted(tape, along), _sorted(tape, curved), _sorted(tape, errors)[:, 0])
-
-
-def outputs_along(tape: Tape, direction: Params) -> Tensor:
-    """J times one direction; the graph stays.
+def outputs_along(tape: Tape, directions: Params, *, rows: int) -> Tensor:
+    """J times K directions; the graph stays.
 
     Args:
         tape: a micro-batch's gradient with the graph.
-        direction: by name, for the parameters in use.
+        directions: by name, K of them stacked, for the parameters in use.
+        rows: how many go through the graph at once; 1 for one by one.
 
     Returns:
-        ``[B, D]``.
+        ``[K, B, D]``, the D outputs of each sample, those of several losses beside each other.
     """
-    with tape.held():
-        one = {name: value[None] for name, value in direction.items()}
-        return _sorted(tape, _along(tape, one, 1))[:, 0]
-
-
-def _along(tape: Tape, directions: Params, rows: int) -> list[Tensor]:
-    """J times K directions, for each loss in the shape of its outputs."""
     pairs = [(g, directions[name]) for name, g in tape.grads.items() if g.requires_grad]
     gradients, vectors = zip(*pairs, strict=True)
-    return _many(list(gradients), list(tape.errors), list(vectors), rows)
+    with tape.held():
+        return _by_sample(tape, _many(gradients, tape.errors, vectors, rows))
+
+
+def curved(tape: Tape, along: Tensor, *, rows: int) -> Tensor:
+    """S times K directions in the space of the outputs; the graph stays.
+
+    Args:
+        tape: a micro-batch's gradient with the graph.
+        along: ``[K, B, D]``.
+        rows: how many go through the graph at once; 1 for one by one.
+
+    Returns:
+        ``[K, B, D]``; c_m and 1/|m| are in S.
+    """
+    sizes = [one.value.numel() // one.batch for one in tape.outputs]
+    parts = zip(tape.outputs, along.split(sizes, -1), strict=True)
+    vectors = [one.from_rows(part).to(one.value) for one, part in parts]
+    values = [one.value for one in tape.outputs]
+    with tape.held():
+        return _by_sample(tape, _many(tape.errors, values, vectors, rows))
+
+
+def errors(tape: Tape) -> Tensor:
+    """E.
+
+    Args:
+        tape: a micro-batch's gradient with the graph.
+
+    Returns:
+        ``[B, D]``; c_m and 1/|m| are in it.
+    """
+    return _by_sample(tape, [error.detach()[None] for error in tape.errors])[0]
+
+
+def _by_sample(tape: Tape, values: Sequence[Tensor]) -> Tensor:
+    """``[K, B, D]`` from the losses' own shapes."""
+    rows = [one.rows(value) for one, value in zip(tape.outputs, values, strict=True)]
+    whole = rows[0] if len(rows) == 1 else torch.cat(rows, -1)
+    return whole.to(torch.promote_types(whole.dtype, torch.float32))
 
 
 def _many(
@@ -97,11 +99,4 @@ def _many(
                 for one, value in zip(found, inputs, strict=True)
             ]
         )
-    return [torch.cat(column) for column in zip(*parts, strict=True)]
-
-
-def _sorted(tape: Tape, values: Sequence[Tensor]) -> Tensor:
-    """``[B, K, D]``: by sample, those of several losses beside each other."""
-    rows = [one.rows(value) for one, value in zip(tape.outputs, values, strict=True)]
-    dtype = torch.promote_types(rows[0].dtype, torch.float32)
-    return torch.cat(rows, -1).to(dtype)
+    return parts[0] if len(parts) == 1 else [torch.cat(c) for c in zip(*parts, strict=True)]

@@ -35,9 +35,22 @@ class Outputs(NamedTuple):
             values: ``[K, …]``, K of the shape of f.
 
         Returns:
-            ``[B, K, D]``, the D numbers of each sample's outputs.
+            ``[K, B, D]``, the D numbers of each sample's outputs.
         """
         count = len(values)
         if self.layout.order == "interleaved":
             values = values.reshape(count, -1, self.batch, *values.shape[2:]).transpose(1, 2)
-        return values.reshape(count, self.batch, -1).transpose(0, 1)
+        return values.reshape(count, self.batch, -1)
+
+    def from_rows(self, rows: Tensor) -> Tensor:
+        """Undo `rows`.
+
+        Args:
+            rows: ``[K, B, D]``.
+
+        Returns:
+            ``[K, …]``, K of the shape of f.
+        """
+        if self.layout.order == "interleaved":
+            rows = rows.reshape(len(rows), self.batch, -1, *self.value.shape[1:]).transpose(1, 2)
+        return rows.reshape(len(rows), *self.value.shape)

@@ -73,6 +73,19 @@ class Visit:
         return self.snapshot.state
 
 
+@dataclass
+class Kept:
+    """What a walk forwards keeps for the walk back, within the memory budget.
+
+    Attributes:
+        visits: every step, where all of them fit; else none.
+        anchors: else snapshots from which segments can be run again.
+    """
+
+    visits: list[Visit] = field(default_factory=list)
+    anchors: list[Snapshot] = field(default_factory=list)
+
+
 class _Ran(NamedTuple):
     """A step's micro-batches, run: their losses and gradient, and what they left behind."""
 
@@ -138,23 +151,26 @@ class Walker:
         """
         return self._load(0)
 
-    def forwards(self, kept: list[Visit] | None = None) -> Iterator[Visit]:
+    def forwards(self, kept: Kept | None = None) -> Iterator[Visit]:
         """Walk from s_0 to s_T.
 
         Args:
-            kept: a list for `backwards`, which then need not run the steps again: takes the visits
-                where all of them fit the memory budget, and nothing where they do not.
+            kept: empty; takes what `backwards` then need not compute again.
 
         Yields:
-            Every step in order; with ``kept``, with the graphs of its losses where `_keeps_tapes`.
+            Every step in order; with ``kept``, with the graphs of its losses where the weighted
+            loss has the very gradient that training had.
         """
+        room = self._room()
         keep_tape = kept is not None and self._keeps_tapes()
-        fits = kept is not None and len(self) <= self._room()
+        stride = _stride(len(self), room)
         snapshot = self.start()
-        for _ in range(len(self)):
+        for step in range(len(self)):
             visit, following = self._advance(snapshot, keep_tape=keep_tape)
-            if fits and kept is not None:
-                kept.append(visit)
+            if kept is not None and len(self) <= room:
+                kept.visits.append(visit)
+            elif kept is not None and step % stride == 0:
+                kept.anchors.append(snapshot)
             self._rebind(visit)
             yield visit
             snapshot = following
@@ -172,7 +188,7 @@ class Walker:
             snapshot = self._advance(snapshot)[1]
         return snapshot
 
-    def backwards(self, kept: list[Visit] | None = None) -> Iterator[Visit]:
+    def backwards(self, kept: Kept | None = None) -> Iterator[Visit]:
         """Walk from s_{T-1} down to s_0, recomputing segments that do not fit the memory budget.
 
         Args:
@@ -181,8 +197,10 @@ class Walker:
         Yields:
             Every step, the last one first.
         """
-        if kept:
-            yield from self._popped(kept)
+        if kept is not None and kept.visits:
+            yield from self._popped(kept.visits)
+        elif kept is not None and kept.anchors:
+            yield from self._between(kept.anchors, len(self), self._room())
         else:
             yield from self._reversed(self.start(), len(self), self._room())
 
@@ -219,19 +237,22 @@ class Walker:
                 visits.append(visit)
             yield from self._popped(visits)
             return
-        keep = _anchors(room)
-        stride = math.ceil(length / keep)
+        stride = _stride(length, room)
         anchors = [start]
         snapshot = start
         while snapshot.step < stop - stride:
             for _ in range(stride):
                 snapshot = self._advance(snapshot)[1]
             anchors.append(snapshot)
-        end = stop
+        yield from self._between(anchors, stop, room)
+
+    def _between(self, anchors: list[Snapshot], stop: int, room: int) -> Iterator[Visit]:
+        """The segments from each anchor to the next, backwards; the anchors are used up."""
+        rest = max(2, room - _anchors(room))
         while anchors:
             anchor = anchors.pop()
-            yield from self._reversed(anchor, end, max(2, room - keep))
-            end = anchor.step
+            yield from self._reversed(anchor, stop, rest)
+            stop = anchor.step
 
     def _popped(self, visits: list[Visit]) -> Iterator[Visit]:
         while visits:
@@ -480,6 +501,11 @@ def _returned(share: Tensor, micro: MicroBatch) -> Tensor:
     recorded = share.new_tensor(float("nan") if micro.loss is None else micro.loss)
     same = torch.equal(recorded / micro.divisor, share)
     return recorded if same else share * micro.divisor
+
+
+def _stride(length: int, room: int) -> int:
+    """How many steps lie between two anchors."""
+    return math.ceil(length / _anchors(room))
 
 
 def _anchors(room: int) -> int:
