@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_accie.errors import UnsupportedError
+from lightning_accie.errors import UnsupportedError, first_line
 from lightning_accie.estimators.acc_sgd_ie import BLOW_UP, AccSgdIE
 from lightning_accie.estimators.base import (
     Candidates,
@@ -47,7 +47,7 @@ from lightning_accie.estimators.own_curvature import (
 from lightning_accie.estimators.reduced import ReducedUpdate, check_update
 from lightning_accie.estimators.sgd_ie import SgdIE, at_the_end, no_larger_than_the_run
 from lightning_accie.estimators.sketch import sketched
-from lightning_accie.replay.state import dot
+from lightning_accie.replay.state import State, dot
 from lightning_accie.replay.walker import Kept, Visit
 
 CURVATURES = ("gauss-newton", "hessian")
@@ -69,8 +69,7 @@ class LowRankAccSgdIE(Estimator):
             with any loss, and takes r Hessian products a step and two for every sample that the
             step draws.
         query: ``"second-order"`` adds the query's curvature to the ``"linear"`` ⟨∇q, Δ_j⟩.
-        refresh_every: at how many steps VᵀH_tV is computed anew. It is that of a step's own batch,
-            so that a larger number saves work, and costs fidelity, with ``"hessian"`` only.
+        refresh_every: after how many steps VᵀH_tV is computed anew: it moves slowly.
         candidates: None for every sample, a count (the strongest by SGD-IE), or sample numbers.
         seed: of the random weights by which gradients are mixed to find V.
 
@@ -85,7 +84,7 @@ class LowRankAccSgdIE(Estimator):
         rank: int = 16,
         curvature: str = "gauss-newton",
         query: str = "second-order",
-        refresh_every: int = 1,
+        refresh_every: int = 4,
         candidates: Candidates = None,
         seed: int = 0,
     ) -> None:
@@ -112,7 +111,7 @@ class LowRankAccSgdIE(Estimator):
         }
 
     def estimate(self, replay: Replay) -> Estimate:
-        """Walk the run backwards once, as SGD-IE does, and forwards once in V's coordinates.
+        """Walk the run forwards in V's coordinates, and backwards as SGD-IE does.
 
         Ctrl-C ends it without a result, as none is known before the end.
 
@@ -130,15 +129,17 @@ class LowRankAccSgdIE(Estimator):
                 follows, before any work is done.
         """
         self._check(next(replay.walker.forwards()))
+        cotangent = at_the_end(replay)
         samples = choose(replay, self.candidates)
         spots = Spots(replay, samples)
-        basis = sketched(replay, self.rank, self.seed)
+        basis = sketched(replay, self.rank, self.seed, through=self.curvature == "hessian")
+        curve = self._query_curvature(replay, basis)
         way = FullHessian if self.curvature == "hessian" else GaussNewton
         own: OwnCurvature = way(replay, spots, basis)
         kept = Kept()
         notes, c = self._forwards(replay, own, basis, kept, samples)
-        first, correction = self._backwards(replay, own, notes, kept, len(samples))
-        return self._found(replay, samples, first[samples], correction, basis, c)
+        first, correction = self._backwards(replay, cotangent, own, notes, kept, len(samples))
+        return self._found(replay, samples, first[samples], correction, c, curve)
 
     def probe(self, visit: Visit) -> None:
         """Do one step of each walk."""
@@ -167,7 +168,7 @@ class LowRankAccSgdIE(Estimator):
         c = basis.rows.new_zeros(len(samples), basis.rank)
         visits = int(replay.visits[replay.positions(samples)].sum())
         slots: dict[str, Tensor] = {}
-        matrix = None
+        matrix: Tensor | None = None
         notes: list[Note | None] = []
         update = ReducedUpdate(basis)
         with replay.progress.task("low-rank: forwards", len(replay.walker)) as advance:
@@ -176,12 +177,11 @@ class LowRankAccSgdIE(Estimator):
                 if visit.map.losses:
                     stale = matrix is None or visit.step % self.refresh_every == 0
                     found = own.forwards(visit, c, matrix=stale)
-                    matrix = found.matrix if stale else matrix
-                    note = found.note
+                    matrix, note = found.matrix if stale else matrix, found.note
+                    assert matrix is not None
                     change = (c @ matrix).index_add_(0, note.spots, -found.slope - found.bend)
                     c, slots = update(visit, c, slots, change)
-                    if not any(notes):
-                        _check_memory(note, visits, replay.memory_budget)
+                    _check_memory(note, visits, replay.memory_budget)
                 notes.append(note)
                 advance(1)
         return notes, c
@@ -189,6 +189,7 @@ class LowRankAccSgdIE(Estimator):
     def _backwards(
         self,
         replay: Replay,
+        cotangent: State,
         own: OwnCurvature,
         notes: list[Note | None],
         kept: Kept,
@@ -197,7 +198,6 @@ class LowRankAccSgdIE(Estimator):
         """SGD-IE's figure by sample number, and what the own curvature adds to it, ``[n]``."""
         influence = torch.zeros(replay.span, dtype=torch.float64)
         correction = torch.zeros(count, dtype=torch.float64, device=replay.walker.program.device)
-        cotangent = at_the_end(replay)
         with replay.progress.task("low-rank: backwards", len(replay.walker)) as advance:
             for visit in replay.walker.backwards(kept):
                 note = notes.pop()
@@ -211,35 +211,47 @@ class LowRankAccSgdIE(Estimator):
                 advance(1)
         return influence, correction.cpu()
 
+    def _query_curvature(self, replay: Replay, basis: Basis) -> Tensor | None:
+        """Vᵀ∇²q V in float64, where asked for."""
+        if self.query == "linear":
+            return None
+        try:
+            products = replay.query.hessian_products(replay.final.state.visible, basis.directions)
+        except (RuntimeError, NotImplementedError) as error:
+            raise UnsupportedError(
+                f"`{replay.query.name}` has no second derivative: {first_line(error)} Use "
+                '`LowRankAccSgdIE(query="linear")`.'
+            ) from error
+        return basis.project(products).double()
+
     def _found(
         self,
         replay: Replay,
         samples: Tensor,
         first: Tensor,
         correction: Tensor,
-        basis: Basis,
         c: Tensor,
+        curve: Tensor | None,
     ) -> Estimate:
         """The figures, ``[n]`` each."""
-        params, at = replay.final.state.params, replay.final.state.visible
+        params, c = replay.final.state.params, c.double()
         scale = max(float(dot(params, params).sqrt()), 1e-30)
         figures = {
             "sgd_ie": first,
             "linear": first + correction,
-            "relative_change": c.double().norm(dim=1).cpu() / scale,
+            "relative_change": c.norm(dim=1).cpu() / scale,
         }
-        if self.query == "second-order":
-            curve = basis.project(replay.query.hessian_products(at, basis.directions)).double()
-            bend = ((c.double() @ curve) * c.double()).sum(1).cpu() / 2
-            figures["second_order"] = figures["linear"] + bend
-        influence = figures["linear" if self.query == "linear" else "second_order"]
+        influence = figures["linear"]
+        if curve is not None:
+            influence = influence + ((c @ curve) * c).sum(1).cpu() / 2
+            figures["second_order"] = influence
         trusted = influence.isfinite() & (figures["relative_change"] <= BLOW_UP)
         trusted &= no_larger_than_the_run(replay, first)
         return Estimate(self.name, samples, influence, trusted, extras=figures)
 
 
 def _check_memory(note: Note, visits: int, budget: int) -> None:
-    """Refuse a run whose notes will not fit, as soon as one of them is known."""
+    """Refuse a run whose notes will not fit, once the size of one of them is known."""
     need = visits * note.values[:1].nbytes
     if need > budget:
         raise UnsupportedError(

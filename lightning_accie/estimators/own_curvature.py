@@ -10,6 +10,7 @@ the forward walk notes a few numbers for every visit, and the backward walk take
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
 import torch
@@ -120,8 +121,7 @@ class FullHessian:
         samples, spots = self._spots.drawn(visit)
         own = c[spots]
         slopes, bends = [own[:0]], [own[:0]]
-        for chunk, at in zip(samples.split(self._rows), own.split(self._rows), strict=True):
-            first, second = self._left_out(visit, chunk, at)
+        for first, second in self._left_out(visit, samples, own):
             slopes.append(-self._basis.project(first))
             bends.append(-self._basis.project(second))
         step = self._matrix(visit) if matrix else None
@@ -135,15 +135,17 @@ class FullHessian:
         """
         samples, _ = self._spots.drawn(visit)
         gains = [torch.zeros(0, dtype=torch.float64, device=note.values.device)]
-        for chunk, at in zip(samples.split(self._rows), note.values.split(self._rows), strict=True):
-            gains.append(-dot(self._left_out(visit, chunk, at)[1], mu).reshape(len(chunk)))
+        gains += [-dot(second, mu) for _, second in self._left_out(visit, samples, note.values)]
         return torch.cat(gains)
 
-    def _left_out(self, visit: Visit, samples: Tensor, c: Tensor) -> tuple[Params, Params]:
-        """-g_j and -H_jVc_j; nothing where there are no samples."""
+    def _left_out(
+        self, visit: Visit, samples: Tensor, c: Tensor
+    ) -> Iterator[tuple[Params, Params]]:
+        """-g_j and -H_jVc_j, chunk by chunk."""
         if not len(samples):
-            return {}, {}
-        return visit.map.leaving_out(visit.state.params, self._basis.combine(c), samples)
+            return
+        for chunk, at in zip(samples.split(self._rows), c.split(self._rows), strict=True):
+            yield visit.map.leaving_out(visit.state.params, self._basis.combine(at), chunk)
 
     def _matrix(self, visit: Visit) -> Tensor:
         """VᵀH_tV."""
@@ -248,6 +250,8 @@ def check_gauss_newton(visit: Visit) -> None:
 
 
 def _why_not(visit: Visit) -> str | None:
+    if visit.map.penalty:
+        return "a part of its loss belongs to no sample"
     generator = torch.Generator().manual_seed(0)
     params = visit.state.params
     mu = {

@@ -1,7 +1,7 @@
 """U in the coordinates of V: how an SGD step carries Δ_j ≈ Vc_j, its momentum buffers being Vb_j.
 
-SGD's rule is linear and the same for every entry of a parameter, so it acts on coordinates as it acts on
-parameters:
+SGD's rule is linear and the same for every entry of a parameter, so it acts on coordinates as it acts
+on parameters:
 
     U(Vc, Vb, Vk) = V U(c, b, k)
 
@@ -37,9 +37,7 @@ def check_update(update: Update) -> None:
     Raises:
         UnsupportedError: if it is not SGD, or clips gradients.
     """
-    instead = (
-        'Use `AccSgdIE(candidates=...)` for chosen samples, or `estimator="sgd-ie"` for all of them.'
-    )
+    instead = 'Use `AccSgdIE(candidates=...)` for chosen samples, or `estimator="sgd-ie"` for all.'
     if not isinstance(update.rule, SGD):
         raise UnsupportedError(
             f"LowRankAccSgdIE follows runs of `SGD` (with momentum, Nesterov, dampening, weight "

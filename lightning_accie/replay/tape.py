@@ -113,7 +113,8 @@ class Tape:
         before = {n: value.detach().requires_grad_() for n, value in (statistics or {}).items()}
         with loss.held(), torch.enable_grad():
             value, parameters, followed, outputs = loss.bound(weights, before)
-            outputs = [one for one in outputs if one.value.requires_grad]
+            distinct = {id(one.value): one for one in outputs if one.value.requires_grad}
+            outputs = list(distinct.values())
             inputs = [*(parameters[name] for name in names), *(one.value for one in outputs)]
             grads = torch.autograd.grad(value, inputs, create_graph=create_graph, allow_unused=True)
         used = {name: g for name, g in zip(names, grads, strict=False) if g is not None}

@@ -161,19 +161,21 @@ class Walker:
             Every step in order; with ``kept``, with the graphs of its losses where the weighted
             loss has the very gradient that training had.
         """
-        room = self._room()
         keep_tape = kept is not None and self._keeps_tapes()
-        stride = _stride(len(self), room)
         snapshot = self.start()
-        for step in range(len(self)):
+        for _ in range(len(self)):
             visit, following = self._advance(snapshot, keep_tape=keep_tape)
-            if kept is not None and len(self) <= room:
-                kept.visits.append(visit)
-            elif kept is not None and step % stride == 0:
-                kept.anchors.append(snapshot)
+            if kept is not None:
+                self._keep(kept, visit)
             self._rebind(visit)
             yield visit
             snapshot = following
+
+    def _keep(self, kept: Kept, visit: Visit) -> None:
+        if len(self) <= self._room():
+            kept.visits.append(visit)
+        elif visit.step % _stride(len(self), self._room()) == 0:
+            kept.anchors.append(visit.snapshot)
 
     def final(self) -> Snapshot:
         """Replay to the end of the run, or load its final checkpoint.
