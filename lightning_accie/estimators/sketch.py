@@ -12,8 +12,10 @@ from collections import Counter
 import torch
 from torch import Tensor
 
+from lightning_accie.errors import UnsupportedError
 from lightning_accie.estimators.base import Replay
 from lightning_accie.estimators.basis import Basis, complete, leading
+from lightning_accie.estimators.chunks import chunk_size
 from lightning_accie.replay.state import Params
 from lightning_accie.replay.walker import Visit
 
@@ -36,40 +38,58 @@ def sketched(replay: Replay, rank: int, seed: int, *, through: bool) -> Basis:
     Returns:
         r directions, or fewer where the mixtures span no more; all directions where r is no smaller
         than the number of trained parameters.
+
+    Raises:
+        UnsupportedError: if the mixtures do not fit the memory budget, before any is computed.
     """
     start, end = replay.walker.start().state.params, replay.final.state.params
     names = replay.walker.program.trainable
-    if rank >= sum(end[name].numel() for name in names):
+    size = sum(end[name].numel() for name in names)
+    count = _OVERSAMPLING * rank if rank < size else 0
+    _check_memory(min(rank, size), count, sum(end[name].nbytes for name in names), replay)
+    if not count:
         return complete(names, end)
     generator = torch.Generator().manual_seed(seed)
     last = len(replay.walker) - 1 if through else int(replay.first.max())
-    steps = torch.linspace(0, last, _OVERSAMPLING * rank).round().long().tolist()
+    steps = torch.linspace(0, last, count).round().long().tolist()
     points = _POINTS[:1] if through else _POINTS
     planned = Counter((step, points[k % len(points)]) for k, step in enumerate(steps))
-    rows: list[Tensor] = []
+    found, rows = end[names[0]].new_zeros(count, size), 0
+    at_once = chunk_size(replay, 4)
     with replay.progress.task("low-rank: directions", last + 1) as advance:
         for visit in replay.walker.forwards():
             for point in points:
-                count = planned[visit.step, point]
-                if count and visit.map.losses:
+                mixtures = planned[visit.step, point]
+                if mixtures and visit.map.losses:
                     line = {name: torch.lerp(v, end[name], point) for name, v in start.items()}
                     at = visit.state.params if through else line
-                    rows.append(_mixed(visit, at, names, count, generator))
+                    for some in found[rows : rows + mixtures].split(at_once):
+                        _mix(some, visit, at, names, generator)
+                    rows += mixtures
             advance(1)
             if visit.step == last:
                 break
-    return leading(torch.cat(rows), rank, names, end)
+    return leading(found[:rows], rank, names, end)
 
 
-def _mixed(
-    visit: Visit, params: Params, names: tuple[str, ...], count: int, generator: torch.Generator
-) -> Tensor:
-    """Mixtures of the gradients of a step's samples, ``[count, p]``."""
+def _check_memory(rank: int, mixtures: int, each: int, replay: Replay) -> None:
+    need, have = (rank + mixtures) * each / 1e6, replay.memory_budget / 1e6
+    if need > have:
+        raise UnsupportedError(
+            f"{rank} directions of this model, and the gradients that they are found from, take "
+            f"{need:.0f} MB, and `memory_budget` leaves {have:.0f} MB for them. Raise "
+            "`memory_budget=`, or take a smaller `rank=`."
+        )
+
+
+def _mix(
+    rows: Tensor, visit: Visit, params: Params, names: tuple[str, ...], generator: torch.Generator
+) -> None:
+    """Fill ``[K, p]`` with mixtures of the gradients of a step's samples."""
     ones = visit.map.ones()
-    weights = torch.randn(count, len(ones), generator=generator, dtype=torch.float64).to(ones)
-    found = visit.map.gradients(params, weights)
-    parts = [
-        found[name] if name in found else params[name].new_zeros(count, params[name].numel())
-        for name in names
-    ]
-    return torch.cat([part.reshape(count, -1) for part in parts], 1)
+    weights = torch.randn(len(rows), len(ones), generator=generator, dtype=torch.float64)
+    mixed = visit.map.gradients(params, weights.to(ones))
+    parts = rows.split([params[name].numel() for name in names], 1)
+    for name, part in zip(names, parts, strict=True):
+        if name in mixed:
+            part.copy_(mixed[name].reshape(len(rows), -1))

@@ -424,10 +424,13 @@ def test_running_statistics_need_the_linear_query(tmp_path: Path) -> None:
     same(gauss_newton.extras["sgd_ie"], SgdIE().estimate(replay).influence, 1e-9)
 
 
-def test_notes_that_do_not_fit_are_refused(tmp_path: Path) -> None:
-    replay = recorded(tmp_path, Classifier(smooth_net(), sgd()))
-    with pytest.raises(UnsupportedError, match=r"3 numbers for every visit.*memory_budget"):
-        LowRankAccSgdIE(4).estimate(replace(replay, memory_budget=1000))
+def test_what_does_not_fit_into_memory_is_refused(tmp_path: Path) -> None:
+    module = Classifier(nn.Linear(4, 3).double(), sgd())
+    replay = replace(recorded(tmp_path, module, max_epochs=9), memory_budget=2000)
+    with pytest.raises(UnsupportedError, match=r"4 directions.*take 0 MB.*`memory_budget`"):
+        LowRankAccSgdIE(4).estimate(replay)
+    with pytest.raises(UnsupportedError, match=r"3 numbers for every visit.*`memory_budget`"):
+        LowRankAccSgdIE(ALL).estimate(replay)
 
 
 def test_arguments() -> None:
