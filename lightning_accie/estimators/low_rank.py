@@ -14,7 +14,7 @@ query adds.
 |---|---|
 | V | ``basis`` |
 | c_j | a row of ``c``, ``[n, r]`` |
-| η_t u_{t+1}, for any SGD | ``mu``, SGD-IE's cotangent pulled back through U |
+| -η_t u_{t+1}, for any SGD | ``mu``, SGD-IE's cotangent λ_{t+1} pulled back through U |
 """
 
 from __future__ import annotations
@@ -64,12 +64,13 @@ class LowRankAccSgdIE(Estimator):
         rank: r, the number of directions; with as many as there are trained parameters, and
             ``curvature="hessian"``, the result is that of `AccSgdIE`.
         curvature: ``"gauss-newton"`` takes the curvature of the losses in the network's outputs
-            alone: r + 1 forward-mode derivatives a step, exact for generalised linear models. It
+            alone: r + 1 derivatives of these a step, exact for generalised linear models. It
             needs losses such as ``F.cross_entropy`` of the network's outputs. ``"hessian"`` goes
             with any loss, and takes r Hessian products a step and two for every sample that the
             step draws.
         query: ``"second-order"`` adds the query's curvature to the ``"linear"`` ⟨∇q, Δ_j⟩.
-        refresh_every: after how many steps VᵀH_tV is computed anew: it moves slowly.
+        refresh_every: after how many steps VᵀH_tV is computed anew. It moves slowly, but is that of
+            one batch: with ``"hessian"``, more than 3 cost fidelity.
         candidates: None for every sample, a count (the strongest by SGD-IE), or sample numbers.
         seed: of the random weights by which gradients are mixed to find V.
 
@@ -84,12 +85,14 @@ class LowRankAccSgdIE(Estimator):
         rank: int = 16,
         curvature: str = "gauss-newton",
         query: str = "second-order",
-        refresh_every: int = 4,
+        refresh_every: int = 2,
         candidates: Candidates = None,
         seed: int = 0,
     ) -> None:
         self.rank = _count("rank", rank)
         self.refresh_every = _count("refresh_every", refresh_every)
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise ValueError(f"`seed` must be an integer, got {seed!r}.")
         self.seed = seed
         self.curvature = _one_of("curvature", curvature, CURVATURES)
         self.query = _one_of("query", query, QUERIES)

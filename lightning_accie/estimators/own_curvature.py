@@ -210,8 +210,12 @@ class GaussNewton:
         direction = {name: value[None] for name, value in mu.items()}
         found = []
         for loss in visit.map.losses:
-            loss.tape = taped(loss, visit)  # `StepMap.vjp` uses it up
-            along = outputs_along(loss.tape, direction, rows=1)[0]
+            tape = taped(loss, visit)
+            if (
+                len(visit.map.losses) == 1
+            ):  # `StepMap.vjp` then uses it up; else one graph at a time
+                loss.tape = tape
+            along = outputs_along(tape, direction, rows=1)[0]
             found.append(along[self._spots.of(loss.samples) >= 0])
         return (torch.cat(found) * note.values).sum(1)
 

@@ -437,6 +437,8 @@ def test_arguments() -> None:
     for given in ({"rank": 0}, {"rank": 2.0}, {"refresh_every": 0}, {"rank": True}):
         with pytest.raises(ValueError, match="must be an integer from 1"):
             LowRankAccSgdIE(**given)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="`seed` must be an integer"):
+        LowRankAccSgdIE(seed=0.5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"`curvature` must be 'gauss-newton' or 'hessian'"):
         LowRankAccSgdIE(curvature="fisher")
     with pytest.raises(ValueError, match=r"`query` must be"):
