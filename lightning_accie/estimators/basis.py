@@ -42,16 +42,17 @@ class Basis:
         """Vᵀx for K vectors.
 
         Args:
-            vectors: x by parameter name, K of them stacked; what is missing is zero.
+            vectors: x by parameter name, K of them stacked, for some of the parameters at least;
+                it is zero for the others.
 
         Returns:
             ``[K, r]``.
         """
-        return sum(  # type: ignore[return-value]
-            value.reshape(len(value), -1) @ part.T
-            for name, part in self._parts().items()
-            if (value := vectors.get(name)) is not None
-        )
+        parts = self._split(self.rows)
+        along = [
+            v.reshape(len(v), -1) @ parts[name].T for name, v in vectors.items() if name in parts
+        ]
+        return torch.stack(along).sum(0)
 
     def combine(self, coordinates: Tensor) -> Params:
         """Vc for K vectors of coordinates.
@@ -73,16 +74,16 @@ class Basis:
         Returns:
             ``[r, r]``.
         """
-        parts = self._parts()
-        kept = [parts[name] @ parts[name].T for name in names if name in parts]
-        return torch.stack(kept).sum(0) if kept else self.rows.new_zeros(self.rank, self.rank)
+        parts = self._split(self.rows)
+        return torch.stack([parts[name] @ parts[name].T for name in names]).sum(0)
 
-    def _parts(self) -> dict[str, Tensor]:
-        return dict(zip(self._sizes, self.rows.split(list(self._sizes.values()), 1), strict=True))
+    def _split(self, rows: Tensor) -> dict[str, Tensor]:
+        """``[K, p]`` by parameter, flat."""
+        return dict(zip(self._sizes, rows.split(list(self._sizes.values()), 1), strict=True))
 
     def _unflattened(self, rows: Tensor) -> Params:
         """``[K, p]`` by parameter; zeros that take no memory for those that are not trained."""
-        parts = dict(zip(self._sizes, rows.split(list(self._sizes.values()), 1), strict=True))
+        parts = self._split(rows)
         zero = rows.new_zeros(())
         return {
             name: parts[name].reshape(-1, *value.shape)

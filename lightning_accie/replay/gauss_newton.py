@@ -56,7 +56,7 @@ def curved(tape: Tape, along: Tensor, *, rows: int) -> Tensor:
 
 
 def errors(tape: Tape) -> Tensor:
-    """E.
+    """The loss's derivative in the outputs, e.
 
     Args:
         tape: a micro-batch's gradient with the graph.
