@@ -221,7 +221,7 @@ class GaussNewton:
 
 
 def taped(loss: MicroLoss, visit: Visit) -> Tape:
-    """A micro-batch's gradient with its graph.
+    """A micro-batch's gradient with its graph, for Gauss-Newton.
 
     Args:
         loss: one of the step's.
@@ -229,8 +229,19 @@ def taped(loss: MicroLoss, visit: Visit) -> Tape:
 
     Returns:
         The one that the walk kept, or another.
+
+    Raises:
+        UnsupportedError: if no outputs enter its losses.
     """
-    return loss.tape or Tape.of(loss, visit.map.used, visit.state.statistics)
+    tape = loss.tape or Tape.of(loss, visit.map.used, visit.state.statistics)
+    if not tape.outputs:
+        raise UnsupportedError(
+            _refusing(
+                "its loss is none that is convex in the rows of what enters it, such as "
+                "`F.cross_entropy` or `F.mse_loss`"
+            )
+        )
+    return tape
 
 
 def check_gauss_newton(visit: Visit) -> None:
@@ -245,38 +256,35 @@ def check_gauss_newton(visit: Visit) -> None:
     Raises:
         UnsupportedError: with the reason, and what to use instead.
     """
-    reason = _why_not(visit)
-    if reason is not None:
-        raise UnsupportedError(
-            f'`curvature="gauss-newton"` does not go with this training_step: {reason}. Use '
-            '`LowRankAccSgdIE(curvature="hessian")`.'
-        )
-
-
-def _why_not(visit: Visit) -> str | None:
     if visit.map.penalty:
-        return "a part of its loss belongs to no sample"
+        raise UnsupportedError(_refusing("a part of its loss belongs to no sample"))
     generator = torch.Generator().manual_seed(0)
     params = visit.state.params
     mu = {
         name: torch.randn(params[name].shape, generator=generator).to(params[name])
         for name in visit.map.used
     }
+    one = {name: value[None] for name, value in mu.items()}
     for loss in visit.map.losses:
-        tape = Tape.of(loss, visit.map.used)
-        if not tape.outputs:
-            return (
-                "its loss is none that is convex in the rows of what enters it, such as "
-                "`F.cross_entropy` or `F.mse_loss`"
-            )
-        one = {name: value[None] for name, value in mu.items()}
+        tape = taped(loss, visit)
         try:
             along = outputs_along(tape, one, rows=1)[0]
+            curved(tape, along[None], rows=1)
         except (RuntimeError, NotImplementedError) as error:
-            return first_line(error).rstrip(".")
+            raise UnsupportedError(_refusing(first_line(error).rstrip("."))) from error
         found = (along * errors(tape)).sum(1)
-        expected = tape.product(mu)[1]
+        expected = Tape.of(loss, visit.map.used).product(mu)[1]
         tolerance = loss.program.analysis.tolerances.gradient  # type: ignore[attr-defined]
         if float((found - expected).norm()) > tolerance * float(expected.norm()):
-            return "its loss depends on the weights in other ways than by what enters its losses"
-    return None
+            raise UnsupportedError(
+                _refusing(
+                    "its loss depends on the weights in other ways than by what enters its losses"
+                )
+            )
+
+
+def _refusing(reason: str) -> str:
+    return (
+        f'`curvature="gauss-newton"` does not go with this training_step: {reason}. Use '
+        '`LowRankAccSgdIE(curvature="hessian")`.'
+    )
