@@ -39,7 +39,14 @@ from lightning.pytorch import Callback
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_accie import AccSgdIE, InfluenceCallback, InfluenceEngine, LeaveOneOut, SgdIE
+from lightning_accie import (
+    AccSgdIE,
+    InfluenceCallback,
+    InfluenceEngine,
+    LeaveOneOut,
+    LowRankAccSgdIE,
+    SgdIE,
+)
 
 WARM = 60
 """Steps at the beginning of a fit that are not timed."""
@@ -149,6 +156,7 @@ def measure(problem: Problem, repeats: int) -> dict[str, float]:
     tracked = list(range(problem.tracked))
     for name, estimator, share in (
         ("sgd_ie", SgdIE(), 1),
+        ("low_rank", LowRankAccSgdIE(), 1),
         ("acc", AccSgdIE(tracked), problem.tracked),
         ("exact", LeaveOneOut(tracked), problem.tracked),
     ):
@@ -171,6 +179,7 @@ def table(rows: dict[str, dict[str, float]]) -> str:
         "spread": ("fits without a callback differ by", "{:.1%}"),
         "capture_fit": ("capture, whole fit (with self-check and files)", "{:+.1%}"),
         "sgd_ie": ("SGD-IE, every sample", "{:.2f} fits"),
+        "low_rank": ("low-rank ACC-SGD-IE, r = 16, every sample", "{:.2f} fits"),
         "acc": ("ACC-SGD-IE, per tracked sample", "{:.3f} fits"),
         "exact": ("exact replay, per sample", "{:.3f} fits"),
     }

@@ -16,7 +16,15 @@ import torch
 from common import Classifier, arguments, digits, loaders, machine, mlp, publish, quieten, trainer
 from torch import Tensor, nn
 
-from lightning_accie import AccSgdIE, InfluenceCallback, InfluenceEngine, LeaveOneOut, SgdIE, TracIn
+from lightning_accie import (
+    AccSgdIE,
+    InfluenceCallback,
+    InfluenceEngine,
+    LeaveOneOut,
+    LowRankAccSgdIE,
+    SgdIE,
+    TracIn,
+)
 from lightning_accie.agreement import kendall_tau, relative_rmse
 
 
@@ -53,6 +61,8 @@ def estimates(problem: Problem, seed: int) -> tuple[dict[str, Tensor], Tensor]:
     found = {
         "TracIn": TracIn().estimate(replay).influence,
         "SGD-IE": SgdIE().estimate(replay).influence,
+        "low-rank, r = 16": LowRankAccSgdIE().estimate(replay).influence,
+        "low-rank, r = 64, hessian": LowRankAccSgdIE(64, "hessian").estimate(replay).influence,
         "ACC, linear": acc.extras["linear"],
         "ACC, evaluated": acc.influence,
     }

@@ -13,7 +13,14 @@ from lightning_accie.errors import (
     TrajectoryError,
     UnsupportedError,
 )
-from lightning_accie.estimators import AccSgdIE, Estimator, LeaveOneOut, SgdIE, TracIn
+from lightning_accie.estimators import (
+    AccSgdIE,
+    Estimator,
+    LeaveOneOut,
+    LowRankAccSgdIE,
+    SgdIE,
+    TracIn,
+)
 from lightning_accie.replay.update_rules import UpdateRule, register_update_rule
 from lightning_accie.scores import InfluenceScores
 from lightning_accie.trajectory.reader import Trajectory
@@ -30,6 +37,7 @@ __all__ = [
     "InfluenceError",
     "InfluenceScores",
     "LeaveOneOut",
+    "LowRankAccSgdIE",
     "QueryError",
     "ReplayMismatchError",
     "SgdIE",

@@ -39,8 +39,9 @@ class InfluenceCallback(CallbackBase):
             ``validation_step``, or ``callable(module, batch) -> scalar tensor``. Lower must be
             better.
         estimator: ``"auto"`` (rank all by SGD-IE, refine the strongest, verify some exactly), an
-            estimator's name (``"sgd-ie"``, ``"acc-sgd-ie"``, ``"leave-one-out"``, ``"tracin"``), or
-            an instance such as ``AccSgdIE(candidates=500)``.
+            estimator's name (``"sgd-ie"``, ``"acc-sgd-ie"``, ``"low-rank-acc-sgd-ie"``,
+            ``"leave-one-out"``, ``"tracin"``), or an instance such as
+            ``AccSgdIE(candidates=500)``.
         at: where the run ends for the ranking: ``"last"``, after its last step, or ``"best"``, at the
             best checkpoint of a ModelCheckpoint that has a ``monitor=``.
         top_k: how many harmful and how many helpful samples to report, and to refine.

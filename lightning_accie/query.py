@@ -203,6 +203,34 @@ class ModuleQuery:
             )
         return torch.autograd.grad(value, inputs, materialize_grads=True)
 
+    def hessian_products(self, params: Params, directions: Params) -> Params:
+        """∇²q(θ) times K directions, by differentiating the gradient once more.
+
+        Args:
+            params: θ, and the running statistics where they are not those of s_T.
+            directions: by parameter name, K of them stacked.
+
+        Returns:
+            The products by parameter name, K of them stacked.
+        """
+        self._bind(params)
+        inputs = list(self._parameters.values())
+        count = len(next(iter(directions.values())))
+        along = [[directions[name][k] for name in self._parameters] for k in range(count)]
+        means = [WeightedMean() for _ in inputs]
+        with self._same_draws():
+            for place in self._places():
+                with torch.enable_grad():
+                    value = self._run(place)
+                weight = self._weight(place)
+                if weight == 0.0:
+                    continue
+                for mean, part in zip(means, _products(value, inputs, along), strict=True):
+                    mean.add(part, weight)
+        return {
+            name: self._finished(mean) for name, mean in zip(self._parameters, means, strict=True)
+        }
+
     def values(self, params: Params) -> Tensor:
         """Q at K parameter sets.
 
@@ -446,6 +474,24 @@ class _Place:
 def _has_slope(entry: Logged) -> bool:
     value = entry.value
     return isinstance(value, Tensor) and value.requires_grad and value.numel() == 1
+
+
+def _products(
+    value: Tensor, inputs: list[Tensor], along: Sequence[Sequence[Tensor]]
+) -> list[Tensor]:
+    """The Hessian of a value times directions, those stacked, by input."""
+    grads = torch.autograd.grad(value, inputs, create_graph=True, materialize_grads=True)
+    curved = [place for place, slope in enumerate(grads) if slope.requires_grad]
+
+    def product(direction: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        if not curved:
+            return tuple(torch.zeros_like(one) for one in inputs)
+        outputs, vectors = [grads[i] for i in curved], [direction[i] for i in curved]
+        return torch.autograd.grad(
+            outputs, inputs, vectors, retain_graph=True, materialize_grads=True
+        )
+
+    return [torch.stack(column) for column in zip(*map(product, along), strict=True)]
 
 
 def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:

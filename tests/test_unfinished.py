@@ -127,8 +127,8 @@ def test_a_backward_walk_goes_on(
     visited: list[int] = []
     armed = [True]
 
-    def broken(self: Walker, before: int | None = None) -> Iterator[Any]:
-        for visit in backwards(self, before):
+    def broken(self: Walker, *, before: int | None = None) -> Iterator[Any]:
+        for visit in backwards(self, before=before):
             visited.append(visit.step)
             yield visit
             if armed[0] and len(visited) == kill_at:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from lightning_accie.estimators.acc_sgd_ie import AccSgdIE
 from lightning_accie.estimators.base import Estimate, Estimator
 from lightning_accie.estimators.leave_one_out import LeaveOneOut
+from lightning_accie.estimators.low_rank import LowRankAccSgdIE
 from lightning_accie.estimators.sgd_ie import SgdIE
 from lightning_accie.estimators.tracin import TracIn
 
 ESTIMATORS: dict[str, type[Estimator]] = {
-    estimator.name: estimator for estimator in (SgdIE, AccSgdIE, LeaveOneOut, TracIn)
+    estimator.name: estimator
+    for estimator in (SgdIE, AccSgdIE, LowRankAccSgdIE, LeaveOneOut, TracIn)
 }
 
 
@@ -41,6 +43,7 @@ __all__ = [
     "Estimate",
     "Estimator",
     "LeaveOneOut",
+    "LowRankAccSgdIE",
     "SgdIE",
     "TracIn",
     "resolve_estimator",

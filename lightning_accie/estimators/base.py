@@ -36,6 +36,10 @@ class Query(Protocol):
         """Q at K parameter sets stacked along a leading dimension: ``[K]`` float64."""
         ...
 
+    def hessian_products(self, params: Params, directions: Params) -> Params:
+        """∇²q(θ) times K directions stacked along a leading dimension, by parameter name."""
+        ...
+
 
 Advance = Callable[[int], None]
 

@@ -179,12 +179,19 @@ def chunk_size(replay: Replay, copies: int) -> int:
     """
     state = replay.final.state
     numbers = sum(value.numel() for value in state.params.values())
-    per_sample = copies * state.nbytes() + 2 * _activation_bytes(replay)
+    per_sample = copies * state.nbytes() + 2 * activation_bytes(replay)
     fits = replay.memory_budget // max(1, per_sample)
     return max(1, min(fits, _CACHE_FRIENDLY // max(1, numbers), _LARGEST))
 
 
-def _activation_bytes(replay: Replay) -> int:
-    """What one step's graph holds, measured at the first step."""
+def activation_bytes(replay: Replay) -> int:
+    """Measure what one step's graph holds, at the first step.
+
+    Args:
+        replay: the run.
+
+    Returns:
+        The bytes.
+    """
     visit: Visit = next(replay.walker.forwards())
     return sum(saved_bytes(partial(loss.bound, loss.ones(), {})) for loss in visit.map.losses)

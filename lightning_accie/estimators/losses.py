@@ -24,7 +24,7 @@ def training_losses(replay: Replay) -> Tensor:
                 if bool((replay.last[replay.positions(loss.samples)] == visit.step).any()):
                     weights = loss.ones().requires_grad_()
                     with torch.enable_grad():
-                        value, *_ = loss.bound(weights, {})
+                        value = loss.bound(weights, {}).loss
                         (share,) = torch.autograd.grad(value, [weights])
                     scale = len(weights) * loss.micro.divisor  # type: ignore[attr-defined]
                     losses[loss.samples] = share.double().cpu() * scale

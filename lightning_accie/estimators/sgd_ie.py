@@ -75,6 +75,37 @@ class _Walk:
         return _Walk(int(kept["step"]), cotangent, kept["influence"].clone())
 
 
+def at_the_end(replay: Replay) -> State:
+    """λ_T.
+
+    Args:
+        replay: the run and the query.
+
+    Returns:
+        ∇q by the parameters and running statistics, and 0 for what the optimiser keeps.
+    """
+    final = replay.final.state
+    zero = zeros_like(final)
+    gradient = {**zero.visible, **replay.query.gradient(final.visible)}
+    statistics = {name: gradient.pop(name) for name in final.statistics}
+    return State(gradient, zero.slots, statistics)
+
+
+def no_larger_than_the_run(replay: Replay, influence: Tensor) -> Tensor:
+    """Tell where one sample moves q no further than the whole run did, or than q is from 0.
+
+    Args:
+        replay: the run and the query.
+        influence: ``[n]``.
+
+    Returns:
+        ``[n]`` bool.
+    """
+    end = replay.query.value(replay.final.state.visible)
+    run = abs(replay.query.value(replay.walker.start().state.visible) - end)
+    return influence.abs() <= max(abs(end), run if math.isfinite(run) else 0.0)
+
+
 class SgdIE(Estimator):
     """First-order influence of every sample, from one backward walk over the run.
 
@@ -108,7 +139,10 @@ class SgdIE(Estimator):
                 advance(1)
         replay.kept.replace(self.key, walk.tensors())
         values = walk.influence[replay.samples]
-        return Estimate(self.name, replay.samples, values, self._trusted(replay, values))
+        trusted = values.isfinite()
+        if self.curvature:  # without it sizes mean little
+            trusted &= no_larger_than_the_run(replay, values)
+        return Estimate(self.name, replay.samples, values, trusted)
 
     def _resumed(self, replay: Replay) -> _Walk | None:
         """Where an earlier analysis was when it was killed."""
@@ -116,21 +150,8 @@ class SgdIE(Estimator):
         return min(walks, key=lambda walk: walk.step, default=None)
 
     def _begun(self, replay: Replay) -> _Walk:
-        final = replay.final.state
-        zero = zeros_like(final)
-        gradient = {**zero.visible, **replay.query.gradient(final.visible)}
-        statistics = {name: gradient.pop(name) for name in final.statistics}
         influence = torch.zeros(replay.span, dtype=torch.float64)
-        return _Walk(len(replay.walker), State(gradient, zero.slots, statistics), influence)
-
-    def _trusted(self, replay: Replay, influence: Tensor) -> Tensor:
-        """Where one sample moves q no further than the whole run did, or than q is from 0."""
-        trusted = influence.isfinite()
-        if not self.curvature:  # whose sizes mean little
-            return trusted
-        end = replay.query.value(replay.final.state.visible)
-        run = abs(replay.query.value(replay.walker.start().state.visible) - end)
-        return trusted & (influence.abs() <= max(abs(end), run if math.isfinite(run) else 0.0))
+        return _Walk(len(replay.walker), at_the_end(replay), influence)
 
     def probe(self, visit: Visit) -> None:
         """Pull a cotangent back through one step."""

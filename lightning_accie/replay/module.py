@@ -16,12 +16,13 @@ from lightning_accie.replay.batches import Batches, versions
 from lightning_accie.replay.loss_form import LossForm
 from lightning_accie.replay.neutral import StandInTrainer, neutral_copy
 from lightning_accie.replay.operators import Differentiable
+from lightning_accie.replay.outputs import Outputs
 from lightning_accie.replay.per_sample import WeightedReduction
 from lightning_accie.replay.precision import Precision
 from lightning_accie.replay.random_state import Restorable
 from lightning_accie.replay.state import Params
 from lightning_accie.replay.statistics import RunningStatistics, tracks
-from lightning_accie.replay.tape import Tape
+from lightning_accie.replay.tape import Bound, Tape
 from lightning_accie.trajectory.records import MicroBatch
 
 SampleLosses = Callable[[Any, Any], Tensor]
@@ -298,15 +299,27 @@ class TrainingProgram:
         Raises:
             ReplayMismatchError: if ``training_step`` returns None.
         """
+        return self.observed(micro, random, weights, params, around=around)[0]
+
+    def observed(
+        self,
+        micro: MicroBatch,
+        random: Restorable | None,
+        weights: Tensor,
+        params: Params | None = None,
+        *,
+        around: bool = True,
+    ) -> tuple[Tensor, list[Outputs]]:
+        """The same, and what entered the losses; see `weighted` and `WeightedReduction.outputs`."""
         batch = self._prepare(micro, random)
         kept = self._buffers_kept() if self.writes_buffers else nullcontext()
         with self.precision(), self._differentiable(), self._on(params), kept:
             if self.sample_losses is not None:
-                return self._with_sample_losses(batch, micro, random, weights)
+                return self._with_sample_losses(batch, micro, random, weights), []
             spans = self.batches.spans(micro)
-            with WeightedReduction(weights, self.form, spans=spans, around=around):
+            with WeightedReduction(weights, self.form, spans=spans, around=around) as mode:
                 loss = self._training_step(batch, micro)
-        return _require(loss, micro)
+        return _require(loss, micro), mode.outputs
 
     @contextmanager
     def fixed_statistics(self) -> Iterator[None]:
@@ -460,15 +473,15 @@ class RecordedLoss:
             loss = self.program.weighted(self.micro, self.random, weights, params, around=False)
         return loss / self.micro.divisor, after
 
-    def bound(self, weights: Tensor, statistics: Params) -> tuple[Tensor, Params, Params]:
+    def bound(self, weights: Tensor, statistics: Params) -> Bound:
         """The loss from the bound parameters.
 
         Returns:
-            A scalar with its graph, the parameters, and the running statistics after it.
+            A scalar with its graph, and what belongs to it.
         """
         with self._following(statistics) as after:
-            loss = self.program.weighted(self.micro, self.random, weights)
-        return loss / self.micro.divisor, self.program.parameters, after
+            loss, outputs = self.program.observed(self.micro, self.random, weights)
+        return Bound(loss / self.micro.divisor, self.program.parameters, after, outputs)
 
     def _following(self, statistics: Params) -> AbstractContextManager[Params]:
         """DDP keeps the statistics of rank 0 alone."""

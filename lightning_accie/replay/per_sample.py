@@ -22,6 +22,7 @@ from torch import Tensor
 from lightning_accie.errors import UnsupportedError
 from lightning_accie.replay.loss_form import BY_HAND, ROWS, Layout, LossForm
 from lightning_accie.replay.operators import Differentiable
+from lightning_accie.replay.outputs import Outputs
 
 
 def _count(elements: Tensor, arguments: Mapping[str, Any]) -> Tensor | float:
@@ -82,6 +83,17 @@ _LOSSES: dict[Callable[..., Tensor], _Denominator] = {
         _count,
     ),
 }
+_CURVED = {
+    F.binary_cross_entropy_with_logits,
+    F.cross_entropy,
+    F.huber_loss,
+    F.mse_loss,
+    F.poisson_nll_loss,
+    F.smooth_l1_loss,
+    F.soft_margin_loss,
+}
+"""Losses that are convex and curved in their ``input``. Others leave all of the curvature to what comes
+before them (``nll_loss`` is linear), or are not convex in it."""
 _SIGNATURES = {loss: inspect.signature(loss) for loss in _LOSSES}
 _HAND_WRITTEN = {torch.Tensor.mean, torch.mean, torch.Tensor.sum, torch.sum}
 
@@ -96,6 +108,7 @@ class Reduction:
         own: the reduction as the user wrote it.
         along: the same over other elements of that shape.
         dims: the dimensions that it reduces; None for all.
+        outputs: what enters the loss, where that is one that is convex and curved in it.
     """
 
     name: str
@@ -103,6 +116,7 @@ class Reduction:
     own: Callable[[], Tensor]
     along: Callable[[Tensor], Tensor]
     dims: tuple[int, ...] | None = None
+    outputs: Tensor | None = None
 
     def weighted(self, weights: Tensor, layout: Layout) -> Tensor:
         """Reduce with a factor for each sample.
@@ -198,6 +212,7 @@ class ReductionMode(Differentiable):
                 elements,
                 partial(func, *args, **kwargs),
                 lambda other: other.sum() / denominator,
+                outputs=arguments["input"] if func in _CURVED else None,
                 denominator=denominator,
             )
         )
@@ -249,6 +264,8 @@ class WeightedReduction(ReductionMode):
         self.spans = spans or {}
         self.around = around
         self.met = 0
+        self.outputs: list[Outputs] = []
+        """What entered the weighted losses, where its rows are the samples' own."""
 
     def meet(self, reduction: Reduction) -> Tensor:
         """Weight a reduction.
@@ -274,6 +291,9 @@ class WeightedReduction(ReductionMode):
                 f"batch has {len(weights)} samples: its rows cannot be told apart by sample. Pass "
                 "`sample_losses=` to InfluenceCallback."
             )
+        entered = reduction.outputs
+        if entered is not None and layout.axis == 0 and layout.source is None:
+            self.outputs.append(Outputs(entered, layout, len(weights)))
         if not self.around:
             return reduction.weighted(weights, layout)
         own = reduction.own()

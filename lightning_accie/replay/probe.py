@@ -80,10 +80,13 @@ def check_derivatives(probe: Callable[[Visit], None], visit: Visit) -> None:
         visit: a step of the run.
 
     Raises:
-        UnsupportedError: with torch's own words, and what to do instead.
+        UnsupportedError: with torch's own words, and what to do instead; or what the probe itself
+            refuses.
     """
     try:
         probe(visit)
+    except UnsupportedError:
+        raise
     except (RuntimeError, NotImplementedError) as error:
         raise UnsupportedError(
             "An operator of the module lacks a derivative that the estimator needs: "
@@ -256,7 +259,8 @@ class _Probe:
         after = {n: b.clone() for n, b in program.statistics.of(program.buffers).items()}
         program.load_buffers(before)
         with torch.no_grad():
-            *_, found = self.loss.bound(self.loss.ones(), program.statistics.of(before))
+            bound = self.loss.bound(self.loss.ones(), program.statistics.of(before))
+            found = bound.statistics
         for name, value in after.items():
             scale = value.abs().max().clamp_min(1e-12)
             if not (found[name] - value).abs().max() <= self.tolerances.state * scale:

@@ -31,7 +31,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_accie.replay import plain_autograd
 from lightning_accie.replay.state import Params, State, unflatten_like
-from lightning_accie.replay.tape import Tape
+from lightning_accie.replay.tape import Bound, Tape
 from lightning_accie.replay.update import Update
 
 TANGENTS = ("vectorized", "one-by-one", "double-backward")
@@ -62,8 +62,8 @@ class MicroLoss(Protocol):
         """
         ...
 
-    def bound(self, weights: Tensor, statistics: Params) -> tuple[Tensor, Params, Params]:
-        """The same from the module's bound parameters, which come second, for plain autograd."""
+    def bound(self, weights: Tensor, statistics: Params) -> Bound:
+        """The same from the module's bound parameters, for plain autograd."""
         ...
 
     def held(self, params: Params | None = None) -> AbstractContextManager[None]:
@@ -156,6 +156,18 @@ class StepMap:
         """
         return self._evaluate(params, {}, weights)[0]
 
+    def gradients(self, params: Params, weights: Tensor) -> Params:
+        """The same for K weightings of the samples.
+
+        Args:
+            params: θ.
+            weights: ``[K, N]``.
+
+        Returns:
+            The gradients by parameter name, K of them stacked.
+        """
+        return self._over_rows(partial(self.gradient, params), weights)
+
     def _evaluate(
         self, params: Params, statistics: Params, weights: Tensor
     ) -> tuple[Params, Params]:
@@ -225,12 +237,12 @@ class StepMap:
         """
         if not self.losses:
             return tangents
-        gradient, curved, statistics = self._products(state, tangents)
+        gradient, curved, statistics = self.products(state, tangents)
         shift = {name: torch.zeros_like(value) for name, value in curved.items()}
         rows = (self.samples[None, :] == removed[:, None]).any(1).nonzero()[:, 0]
         if len(rows):
             moved = {name: value[rows] for name, value in tangents.params.items()}
-            first, second = self._leaving_out(state.params, moved, removed[rows])
+            first, second = self.leaving_out(state.params, moved, removed[rows])
             for name in curved:
                 shift[name].index_copy_(0, rows, first[name])
                 curved[name].index_add_(0, rows, second[name])
@@ -242,8 +254,16 @@ class StepMap:
         """Whether Hessian products of tangents go without forward mode."""
         return self.tangents == "double-backward" or not self.transforms
 
-    def _products(self, state: State, tangents: State) -> tuple[Params, Params, Params]:
-        """∇L at w = 1, HΔ_k, and the tangents of the running statistics after the step."""
+    def products(self, state: State, tangents: State) -> tuple[Params, Params, Params]:
+        """Multiply the Hessian of the step's loss with K tangents, whose primal they share.
+
+        Args:
+            state: s_t.
+            tangents: Δ, K of them stacked; their slots do not matter.
+
+        Returns:
+            ∇L at w = 1; HΔ_k; and the tangents of the running statistics after the step.
+        """
         if self._backwards:
             return self._products_backwards(state, tangents)
         ones = self.ones()
@@ -273,10 +293,19 @@ class StepMap:
             products.append(curved)
         return _sum_up(gradients), _sum_up(products), tangents.statistics
 
-    def _leaving_out(
+    def leaving_out(
         self, params: Params, tangents: Params, removed: Tensor
     ) -> tuple[Params, Params]:
-        """What leaving out k adds to the gradient, -g_k/|m|, and to HΔ_k, -H_kΔ_k/|m|."""
+        """What leaving out k adds to the gradient, -g_k/|m|, and to HΔ_k, -H_kΔ_k/|m|.
+
+        Args:
+            params: θ_t.
+            tangents: Δ, K of them stacked, for all parameters.
+            removed: ``[K]`` sample numbers.
+
+        Returns:
+            Both, K of them stacked, for the parameters in use.
+        """
         change = self.removal_weights(removed) - 1.0
         nothing = torch.zeros_like(self.ones())
         if self._backwards:

@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from lightning_accie.replay.outputs import Outputs
 from lightning_accie.replay.state import Params
+
+
+class Bound(NamedTuple):
+    """A loss of the module's bound parameters."""
+
+    loss: Tensor
+    params: Params
+    """Those parameters."""
+    statistics: Params
+    """The running statistics after it, those that are followed."""
+    outputs: Sequence[Outputs]
+    """What entered its losses; see `WeightedReduction.outputs`."""
 
 
 class Tapeable(Protocol):
     """What a tape is made of: a `MicroLoss` on bound parameters."""
 
-    def bound(self, weights: Tensor, statistics: Params) -> tuple[Tensor, Params, Params]:
-        """The loss, the parameters it depends on, and the running statistics after it."""
+    def bound(self, weights: Tensor, statistics: Params) -> Bound:
+        """The loss and what belongs to it."""
         ...
 
     def held(self) -> AbstractContextManager[None]:
@@ -62,6 +75,8 @@ class Tape:
         statistics: the running statistics before the micro-batch, those that are followed.
         followed: the same after it, with their graph.
         held: where the next backward pass belongs.
+        outputs: f, the network's outputs that enter the losses.
+        errors: ∂L/∂f, with their graph.
     """
 
     value: Tensor
@@ -71,6 +86,8 @@ class Tape:
     statistics: Params
     followed: Params
     held: Callable[[], AbstractContextManager[None]]
+    outputs: Sequence[Outputs] = ()
+    errors: Sequence[Tensor] = ()
 
     @classmethod
     def of(
@@ -95,12 +112,26 @@ class Tape:
         weights = loss.ones().requires_grad_(create_graph)
         before = {n: value.detach().requires_grad_() for n, value in (statistics or {}).items()}
         with loss.held(), torch.enable_grad():
-            value, parameters, followed = loss.bound(weights, before)
-            inputs = [parameters[name] for name in names]
+            value, parameters, followed, outputs = loss.bound(weights, before)
+            distinct = {id(one.value): one for one in outputs if one.value.requires_grad}
+            outputs = list(distinct.values())
+            inputs = [*(parameters[name] for name in names), *(one.value for one in outputs)]
             grads = torch.autograd.grad(value, inputs, create_graph=create_graph, allow_unused=True)
-        used = {name: g for name, g in zip(names, grads, strict=True) if g is not None}
+        used = {name: g for name, g in zip(names, grads, strict=False) if g is not None}
         of = {name: parameters[name] for name in used}
-        return cls(value.detach(), of, weights, used, before, followed, loss.held)
+        pairs = zip(outputs, grads[len(names) :], strict=True)
+        kept = [(one, error) for one, error in pairs if error is not None]
+        return cls(
+            value.detach(),
+            of,
+            weights,
+            used,
+            before,
+            followed,
+            loss.held,
+            [one for one, _ in kept],
+            [error for _, error in kept],
+        )
 
     def detached(self) -> Params:
         """The gradient alone.

@@ -317,6 +317,16 @@ def rule_named(name: str) -> UpdateRule:
     )
 
 
+def optimizer_of(rule: UpdateRule) -> str:
+    """Name the optimiser that a rule is registered for.
+
+    Returns:
+        The name of its class.
+    """
+    classes = (optimizer.__name__ for optimizer, known in _RULES.items() if known is rule)
+    return next(classes, type(rule).__name__)
+
+
 def qualified_name(optimizer: type) -> str:
     """Name a class as trajectories record it.
 

@@ -73,6 +73,19 @@ class Visit:
         return self.snapshot.state
 
 
+@dataclass
+class Kept:
+    """What a walk forwards keeps for the walk back, within the memory budget.
+
+    Attributes:
+        visits: every step, where all of them fit; else none.
+        anchors: else snapshots from which segments can be run again.
+    """
+
+    visits: list[Visit] = field(default_factory=list)
+    anchors: list[Snapshot] = field(default_factory=list)
+
+
 class _Ran(NamedTuple):
     """A step's micro-batches, run: their losses and gradient, and what they left behind."""
 
@@ -138,18 +151,31 @@ class Walker:
         """
         return self._load(0)
 
-    def forwards(self) -> Iterator[Visit]:
+    def forwards(self, kept: Kept | None = None) -> Iterator[Visit]:
         """Walk from s_0 to s_T.
 
+        Args:
+            kept: empty; takes what `backwards` then need not compute again.
+
         Yields:
-            Every step in order.
+            Every step in order; with ``kept``, with the graphs of its losses where the weighted
+            loss has the very gradient that training had.
         """
+        keep_tape = kept is not None and self._keeps_tapes()
         snapshot = self.start()
         for _ in range(len(self)):
-            visit, following = self._advance(snapshot)
+            visit, following = self._advance(snapshot, keep_tape=keep_tape)
+            if kept is not None:
+                self._keep(kept, visit)
             self._rebind(visit)
             yield visit
             snapshot = following
+
+    def _keep(self, kept: Kept, visit: Visit) -> None:
+        if len(self) <= self._room():
+            kept.visits.append(visit)
+        elif visit.step % _stride(len(self), self._room()) == 0:
+            kept.anchors.append(visit.snapshot)
 
     def final(self) -> Snapshot:
         """Replay to the end of the run, or load its final checkpoint.
@@ -164,17 +190,23 @@ class Walker:
             snapshot = self._advance(snapshot)[1]
         return snapshot
 
-    def backwards(self, before: int | None = None) -> Iterator[Visit]:
+    def backwards(self, kept: Kept | None = None, *, before: int | None = None) -> Iterator[Visit]:
         """Walk from s_{T-1} down to s_0, recomputing segments that do not fit the memory budget.
 
         Args:
-            before: begin at the step before this one instead.
+            kept: what `forwards` kept of the whole run; used up.
+            before: without that, begin at the step before this one.
 
         Yields:
             Every step, the last one first.
         """
-        start = self.start()
-        yield from self._reversed(start, len(self) if before is None else before, self._room())
+        if kept is not None and kept.visits:
+            yield from self._popped(kept.visits)
+        elif kept is not None and kept.anchors:
+            yield from self._between(kept.anchors, len(self), self._room())
+        else:
+            stop = len(self) if before is None else before
+            yield from self._reversed(self.start(), stop, self._room())
 
     def passes(self) -> int:
         """Count how often `backwards` runs each step forwards.
@@ -207,24 +239,30 @@ class Walker:
             for _ in range(length):
                 visit, snapshot = self._advance(snapshot, keep_tape=self._keeps_tapes())
                 visits.append(visit)
-            while visits:
-                visit = visits.pop()
-                self._rebind(visit)
-                yield visit
+            yield from self._popped(visits)
             return
-        keep = _anchors(room)
-        stride = math.ceil(length / keep)
+        stride = _stride(length, room)
         anchors = [start]
         snapshot = start
         while snapshot.step < stop - stride:
             for _ in range(stride):
                 snapshot = self._advance(snapshot)[1]
             anchors.append(snapshot)
-        end = stop
+        yield from self._between(anchors, stop, room)
+
+    def _between(self, anchors: list[Snapshot], stop: int, room: int) -> Iterator[Visit]:
+        """The segments from each anchor to the next, backwards; the anchors are used up."""
+        rest = max(2, room - _anchors(room))
         while anchors:
             anchor = anchors.pop()
-            yield from self._reversed(anchor, end, max(2, room - keep))
-            end = anchor.step
+            yield from self._reversed(anchor, stop, rest)
+            stop = anchor.step
+
+    def _popped(self, visits: list[Visit]) -> Iterator[Visit]:
+        while visits:
+            visit = visits.pop()
+            self._rebind(visit)
+            yield visit
 
     def _rebind(self, visit: Visit) -> None:
         self.program.bind(visit.state.params)
@@ -467,6 +505,11 @@ def _returned(share: Tensor, micro: MicroBatch) -> Tensor:
     recorded = share.new_tensor(float("nan") if micro.loss is None else micro.loss)
     same = torch.equal(recorded / micro.divisor, share)
     return recorded if same else share * micro.divisor
+
+
+def _stride(length: int, room: int) -> int:
+    """How many steps lie between two anchors."""
+    return math.ceil(length / _anchors(room))
 
 
 def _anchors(room: int) -> int:

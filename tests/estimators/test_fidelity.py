@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from lightning_accie.agreement import kendall_tau, relative_rmse
-from lightning_accie.estimators import AccSgdIE, LeaveOneOut, SgdIE, TracIn
+from lightning_accie.estimators import AccSgdIE, LeaveOneOut, LowRankAccSgdIE, SgdIE, TracIn
 from lightning_accie.estimators.base import Replay
 from tests.problems import Classifier, classification, record, sgd, smooth_net
 
@@ -47,6 +47,16 @@ def test_sgd_ie(softmax_digits: Replay, exact: Tensor) -> None:
     found = SgdIE().estimate(softmax_digits).influence
     assert relative_rmse(found, exact) <= 0.30
     assert kendall_tau(found, exact) >= 0.90
+
+
+def test_low_rank(softmax_digits: Replay, exact: Tensor) -> None:
+    found = LowRankAccSgdIE(rank=64, curvature="hessian").estimate(softmax_digits)
+    assert bool(found.trusted.all())
+    assert relative_rmse(found.influence, exact) <= 0.13
+    assert kendall_tau(found.influence, exact) >= 0.97
+    few = LowRankAccSgdIE().estimate(softmax_digits)
+    assert relative_rmse(found.influence, exact) < relative_rmse(few.influence, exact) <= 0.20
+    assert kendall_tau(few.influence, exact) > kendall_tau(few.extras["sgd_ie"], exact)
 
 
 def test_tracin_is_cheaper_and_worse(softmax_digits: Replay, exact: Tensor) -> None:
