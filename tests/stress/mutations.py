@@ -184,8 +184,8 @@ MUTATIONS = [
     Mutation(
         "the accumulation weight is forgotten in backward derivatives",
         "replay/module.py",
-        "return loss / self.micro.divisor, self.program.parameters",
-        "return loss, self.program.parameters",
+        "return Bound(loss / self.micro.divisor, ",
+        "return Bound(loss, ",
         EXACT,
     ),
     Mutation(
@@ -410,15 +410,15 @@ MUTATIONS = [
     Mutation(
         "ACC-SGD-IE: a blow-up is trusted",
         "estimators/acc_sgd_ie.py",
-        '& (chosen["relative_change"] <= BLOW_UP)',
+        '& (figures["relative_change"] <= BLOW_UP)',
         "",
         FIDELITY,
     ),
     Mutation(
         "exact replay: the other sign",
         "estimators/leave_one_out.py",
-        "influence[part] = values[:-1] - values[-1]",
-        "influence[part] = values[-1] - values[:-1]",
+        'influence = figures.get("without", nothing) - everything',
+        'influence = everything - figures.get("without", nothing)',
         EXACT,
     ),
     Mutation(
