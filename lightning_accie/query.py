@@ -231,27 +231,31 @@ class ModuleQuery:
             name: self._finished(mean) for name, mean in zip(self._parameters, means, strict=True)
         }
 
-    def values(self, params: Params) -> Tensor:
+    def values(self, params: Params, rest: Params | None = None) -> Tensor:
         """Q at K parameter sets.
 
         Args:
             params: stacked, ``[K, …]`` each.
+            rest: parameters that all K have in common, where ``params`` are some only.
 
         Returns:
             ``[K]`` float64.
         """
-        rows = self._rows_at_once(params)
+        rest = rest or {}
+        rows = self._rows_at_once({**rest, **{name: value[0] for name, value in params.items()}})
         size = len(next(iter(params.values())))
         starts = range(0, size, rows)
         chunks = ({n: v[i : i + rows] for n, v in params.items()} for i in starts)
-        return torch.cat([self._values(chunk) for chunk in chunks])
+        return torch.cat([self._values(chunk, rest) for chunk in chunks])
 
-    def _values(self, params: Params) -> Tensor:
+    def _values(self, params: Params, rest: Params) -> Tensor:
         if not self.vectorize:
             rows = len(next(iter(params.values())))
-            each = ({n: v[k] for n, v in params.items()} for k in range(rows))
+            each = ({**rest, **{n: v[k] for n, v in params.items()}} for k in range(rows))
             return torch.tensor([self.value(one) for one in each], dtype=torch.float64)
-        self._bind_statistics({})  # what is not given is as it was at s_T
+        for name in self._parameters.keys() & rest.keys():
+            self._parameters[name].data = rest[name]
+        self._bind_statistics(rest)  # what is not given is as it was at s_T
         prefixed = {f"module.{name}": value for name, value in params.items()}
         mean = WeightedMean()
         with torch.no_grad(), self._same_draws():
@@ -266,9 +270,9 @@ class ModuleQuery:
         return self._finished(mean)
 
     def _rows_at_once(self, params: Params) -> int:
-        """How many parameter sets fit, by what one evaluation's graph holds."""
+        """How many parameter sets like this one fit, by what its evaluation's graph holds."""
         if self._rows is None:
-            self._bind({name: value[0] for name, value in params.items()})
+            self._bind(params)
             held = 0
 
             def count(tensor: Tensor) -> Tensor:

@@ -4,7 +4,7 @@
 
 For plain SGD this is the paper's recursion, Δ <- (I - ηH)Δ + 1[j ∈ S_t] (η/|m|)(g_j + H_j Δ): the
 effect of leaving j out is carried along the whole run, and corrected by j's own Hessian each time it
-comes round again.
+comes round again. The paper's ways to make it cheaper are in `layers`, `part` and `thinning`.
 
 | symbol | name |
 |---|---|
@@ -22,8 +22,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_accie.errors import UnsupportedError
 from lightning_accie.estimators.base import Advance, Candidates, Estimate, Replay
 from lightning_accie.estimators.chunks import ChunkedEstimator
+from lightning_accie.estimators.layers import (
+    Layers,
+    check_layers,
+    followed,
+    layers_to_json,
+    with_names,
+)
+from lightning_accie.estimators.thinning import Span, Thinning
+from lightning_accie.replay.part import part_of
 from lightning_accie.replay.state import State, dot, pad_slots, zeros_like
 from lightning_accie.replay.walker import Visit
 
@@ -38,20 +48,46 @@ class AccSgdIE(ChunkedEstimator):
         candidates: None for every sample, a count (the strongest by SGD-IE), or sample numbers.
         query: ``"evaluated"`` evaluates q at θ_T + Δ_j, which costs one forward pass a sample and
             removes most of the error in convex problems; ``"linear"`` is the paper's ⟨∇q, Δ_j⟩.
+        layers: whose change is followed: globs of module or parameter names, or a predicate on a
+            parameter's name; the other parameters stay those of the recorded run. None for all.
+        every_k_steps: the curvature H_t of one step stands for that of so many: the others cost a
+            plain training step and the gradients of the samples that they drew. Stable while
+            k η λ_max(H) < 2.
+        correction_probability: ρ. At each visit H_jΔ_j is applied with this probability, divided by
+            it: the same in the mean.
+        correction_steps: a range of steps, or (first, one after the last), where H_jΔ_j is applied;
+            elsewhere the step is that of SGD-IE.
+        correction_epochs: the same in epochs.
+        seed: of the choice at random.
 
     Raises:
-        ValueError: if an argument is neither.
+        ValueError: if an argument is none of these.
     """
 
     name = "acc-sgd-ie"
     copies = 10
     title = "ACC-SGD-IE of {} samples"
 
-    def __init__(self, candidates: Candidates = None, query: str = "evaluated") -> None:
+    def __init__(
+        self,
+        candidates: Candidates = None,
+        query: str = "evaluated",
+        *,
+        layers: Layers = None,
+        every_k_steps: int = 1,
+        correction_probability: float = 1.0,
+        correction_steps: Span = None,
+        correction_epochs: Span = None,
+        seed: int = 0,
+    ) -> None:
         if query not in ("evaluated", "linear"):
             raise ValueError(f'`query` must be "evaluated" or "linear", got {query!r}.')
         super().__init__(candidates)
         self.query = query
+        self.layers = check_layers(layers)
+        self.thinning = Thinning.of(
+            every_k_steps, correction_probability, correction_steps, correction_epochs, seed
+        )
 
     def settings(self) -> dict[str, Any]:
         """Describe the settings.
@@ -59,7 +95,20 @@ class AccSgdIE(ChunkedEstimator):
         Returns:
             JSON values.
         """
-        return {**super().settings(), "query": self.query}
+        found = {**super().settings(), "query": self.query, **self.thinning.to_json()}
+        return {**found, **layers_to_json(self.layers)}
+
+    def estimate(self, replay: Replay) -> Estimate:
+        """Estimate the influence of the candidates.
+
+        Args:
+            replay: the run and the query.
+
+        Returns:
+            See `found`.
+        """
+        explicit = with_names(self, replay.final.state.params)
+        return super().estimate(replay) if explicit is self else explicit.estimate(replay)
 
     def found(self, replay: Replay, samples: Tensor, figures: Mapping[str, Tensor]) -> Estimate:
         """Choose the form of the query.
@@ -95,25 +144,49 @@ class AccSgdIE(ChunkedEstimator):
         return self._measure(replay, self._carry(replay, samples, advance))
 
     def probe(self, visit: Visit) -> None:
-        """Carry one tangent along one step."""
+        """Carry one tangent along one step.
+
+        Args:
+            visit: the step.
+
+        Raises:
+            UnsupportedError: if ``layers=`` names no parameter, or ``every_k_steps=`` meets running
+                statistics.
+        """
+        names = followed(self.layers, visit.state)
+        if self.thinning.every_k_steps > 1 and visit.state.statistics:
+            raise UnsupportedError(
+                "AccSgdIE with `every_k_steps` above 1 does not carry the running statistics of "
+                f"normalisation layers ({next(iter(visit.state.statistics))}, …), which change at "
+                "every step. Leave `every_k_steps` at 1."
+            )
         removed = visit.map.samples[:1]
         if not len(removed):
             return
-        still = zeros_like(visit.state, batch=1)
+        part = part_of(visit, names)
+        still = zeros_like(part.state, batch=1)
         try:
-            replace(visit.map, tangents="one-by-one").push(visit.state, still, removed)
+            replace(part.map, tangents="one-by-one").push(part.state, still, removed)
         except (RuntimeError, NotImplementedError):  # no forward mode
-            replace(visit.map, tangents="double-backward").push(visit.state, still, removed)
+            replace(part.map, tangents="double-backward").push(part.state, still, removed)
 
     def _carry(self, replay: Replay, samples: Tensor, advance: Advance) -> State:
         """Δ_j at the end of the run, ``[c, …]``, for one chunk (ordered by first visit)."""
         first = replay.first[replay.positions(samples)]
+        names, total = followed(self.layers, replay.final.state), len(replay.walker)
         tangents: State | None = None
         for visit in replay.walker.forwards():
             begun = int((first <= visit.step).sum())  # Δ_j = 0 before j's first visit
             if begun:
-                tangents = _grown(tangents, visit.state, begun)
-                tangents = visit.map.push(visit.state, tangents, samples[:begun])
+                part, drawn = part_of(visit, names), samples[:begun]
+                tangents = _grown(tangents, part.state, begun)
+                tangents = part.map.push(
+                    part.state,
+                    tangents,
+                    drawn,
+                    curvature=self.thinning.curvature(visit.step, total),
+                    own=self.thinning.own(visit, drawn),
+                )
             advance(1)
         assert tangents is not None
         return tangents
@@ -124,12 +197,13 @@ class AccSgdIE(ChunkedEstimator):
         gradient, along = replay.query.gradient(at), tangents.visible
         scale = float(dot(params, params).sqrt())
         figures = {
-            "linear": dot(along, gradient).cpu(),
+            "linear": dot(along, {name: gradient[name] for name in along}).cpu(),
             "relative_change": (_norms(tangents) / max(scale, 1e-30)).cpu(),
         }
         if self.query == "evaluated":
             moved = {name: at[name] + value for name, value in along.items()}
-            figures["evaluated"] = replay.query.values(moved).cpu() - replay.query.value(at)
+            rest = {name: value for name, value in at.items() if name not in moved}
+            figures["evaluated"] = replay.query.values(moved, rest).cpu() - replay.query.value(at)
         return figures
 
 

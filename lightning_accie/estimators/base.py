@@ -32,8 +32,11 @@ class Query(Protocol):
         """∇q(θ), by parameter name."""
         ...
 
-    def values(self, params: Params) -> Tensor:
-        """Q at K parameter sets stacked along a leading dimension: ``[K]`` float64."""
+    def values(self, params: Params, rest: Params | None = None) -> Tensor:
+        """Q at K parameter sets stacked along a leading dimension: ``[K]`` float64.
+
+        ``rest`` has those that all sets have in common, where ``params`` are some only.
+        """
         ...
 
     def hessian_products(self, params: Params, directions: Params) -> Params:

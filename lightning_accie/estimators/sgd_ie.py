@@ -13,14 +13,23 @@ One backward walk ranks every sample: the result is -dq/dw_i, with w_i shared by
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_accie.estimators.base import Estimate, Estimator, Replay
 from lightning_accie.estimators.kept import Regularly
+from lightning_accie.estimators.layers import (
+    Layers,
+    check_layers,
+    followed,
+    layers_to_json,
+    with_names,
+)
+from lightning_accie.replay.part import part_of
 from lightning_accie.replay.state import State, zeros_like
 from lightning_accie.replay.step import StepMap
 from lightning_accie.replay.walker import Visit
@@ -75,18 +84,20 @@ class _Walk:
         return _Walk(int(kept["step"]), cotangent, kept["influence"].clone())
 
 
-def at_the_end(replay: Replay) -> State:
+def at_the_end(replay: Replay, names: Collection[str] | None = None) -> State:
     """λ_T.
 
     Args:
         replay: the run and the query.
+        names: the parameters to follow; None for all.
 
     Returns:
-        ∇q by the parameters and running statistics, and 0 for what the optimiser keeps.
+        ∇q by those parameters and running statistics, and 0 for what the optimiser keeps.
     """
     final = replay.final.state
-    zero = zeros_like(final)
-    gradient = {**zero.visible, **replay.query.gradient(final.visible)}
+    zero = zeros_like(final.only(names))
+    found = replay.query.gradient(final.visible)
+    gradient = {name: found.get(name, still) for name, still in zero.visible.items()}
     statistics = {name: gradient.pop(name) for name in final.statistics}
     return State(gradient, zero.slots, statistics)
 
@@ -111,10 +122,28 @@ class SgdIE(Estimator):
 
     Its price does not depend on the number of samples. It is blind to what the sample's own
     curvature does when it comes round again (`AccSgdIE` is not).
+
+    Args:
+        layers: whose change is followed: globs of module or parameter names, or a predicate on a
+            parameter's name; the other parameters stay those of the recorded run. None for all.
+
+    Raises:
+        ValueError: if it is none of these.
     """
 
     name = "sgd-ie"
     curvature = True
+
+    def __init__(self, layers: Layers = None) -> None:
+        self.layers = check_layers(layers)
+
+    def settings(self) -> dict[str, Any]:
+        """Describe the settings.
+
+        Returns:
+            JSON values.
+        """
+        return layers_to_json(self.layers)
 
     def estimate(self, replay: Replay) -> Estimate:
         """Estimate every drawn sample's influence.
@@ -127,12 +156,17 @@ class SgdIE(Estimator):
             finite or larger than what the whole run did to the query, which is no small change any
             more.
         """
-        walk = self._resumed(replay) or self._begun(replay)
+        explicit = with_names(self, replay.final.state.params)
+        if explicit is not self:
+            return explicit.estimate(replay)
+        names = followed(self.layers, replay.final.state)
+        walk = self._resumed(replay, names) or self._begun(replay, names)
         keep = Regularly(KEEP_EVERY)
         with replay.progress.task(self._description(), walk.step) as advance:
             for visit in replay.walker.backwards(before=walk.step):
-                pull = visit.map.vjp if self.curvature else visit.map.vjp_without_curvature
-                walk.cotangent, by_weight = pull(visit.state, walk.cotangent)
+                part = part_of(visit, names)
+                pull = part.map.vjp if self.curvature else part.map.vjp_without_curvature
+                walk.cotangent, by_weight = pull(part.state, walk.cotangent)
                 walk.influence.index_add_(0, visit.map.samples, -by_weight.double().cpu())
                 walk.step = visit.step
                 keep(lambda: replay.kept.replace(self.key, walk.tensors()))
@@ -144,17 +178,19 @@ class SgdIE(Estimator):
             trusted &= no_larger_than_the_run(replay, values)
         return Estimate(self.name, replay.samples, values, trusted)
 
-    def _resumed(self, replay: Replay) -> _Walk | None:
+    def _resumed(self, replay: Replay, names: Collection[str] | None) -> _Walk | None:
         """Where an earlier analysis was when it was killed."""
-        walks = [_Walk.of(kept, replay.final.state) for kept in replay.kept.parts(self.key)]
+        like = replay.final.state.only(names)
+        walks = [_Walk.of(kept, like) for kept in replay.kept.parts(self.key)]
         return min(walks, key=lambda walk: walk.step, default=None)
 
-    def _begun(self, replay: Replay) -> _Walk:
+    def _begun(self, replay: Replay, names: Collection[str] | None) -> _Walk:
         influence = torch.zeros(replay.span, dtype=torch.float64)
-        return _Walk(len(replay.walker), at_the_end(replay), influence)
+        return _Walk(len(replay.walker), at_the_end(replay, names), influence)
 
     def probe(self, visit: Visit) -> None:
         """Pull a cotangent back through one step."""
+        visit = part_of(visit, followed(self.layers, visit.state))
         still = {name: torch.zeros_like(visit.state.params[name]) for name in visit.map.used}
         cotangent = visit.map.update(visit.state, still).map(torch.ones_like)
         if self.curvature:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple
 
 import torch
@@ -46,6 +46,23 @@ class State(NamedTuple):
                 for name, slots in self.slots.items()
             },
             {name: function(value) for name, value in self.statistics.items()},
+        )
+
+    def only(self, names: Collection[str] | None) -> State:
+        """Leave out parameters, with what the optimiser keeps for them.
+
+        Args:
+            names: the parameters to keep; None for all.
+
+        Returns:
+            The state of those, with all running statistics.
+        """
+        if names is None:
+            return self
+        return State(
+            {name: value for name, value in self.params.items() if name in names},
+            {name: group for name, group in self.slots.items() if name in names},
+            self.statistics,
         )
 
     def leaves(self) -> list[Tensor]:

@@ -46,10 +46,16 @@ _SHARED_PRIMAL: Any = (None, 0)
 class MicroLoss(Protocol):
     """One micro-batch's share c_m L_m(θ, w) of the step's loss, as the replay provides it."""
 
-    samples: Tensor
-    """``[B]`` int64: which training sample each of the batch's B places holds."""
-    rank: int
-    """The process that ran it."""
+    @property
+    def samples(self) -> Tensor:
+        """``[B]`` int64: which training sample each of the batch's B places holds."""
+        ...
+
+    @property
+    def rank(self) -> int:
+        """The process that ran it."""
+        ...
+
     tape: Tape | None
     """Its gradient with the graph, where the walk to this step kept it."""
 
@@ -219,7 +225,15 @@ class StepMap:
         found = [function(*pytree.tree_map(lambda t: t[k], rows)) for k in range(count)]  # noqa: B023
         return pytree.tree_map(lambda *values: torch.stack(values), *found)
 
-    def push(self, state: State, tangents: State, removed: Tensor) -> State:
+    def push(
+        self,
+        state: State,
+        tangents: State,
+        removed: Tensor,
+        *,
+        curvature: float = 1.0,
+        own: Tensor | None = None,
+    ) -> State:
         """The step of ACC-SGD-IE (arXiv 2510.26185; method: section 3), for K samples at once.
 
         Δ_k <- [F_t(s_t, 1-e_k) - F_t(s_t, 1)] + ∂_s F_t(s_t, 1-e_k) Δ_k
@@ -231,23 +245,58 @@ class StepMap:
             state: s_t.
             tangents: Δ, K of them stacked.
             removed: ``[K]`` sample numbers.
+            curvature: a factor of HΔ_k; with 0 it is not computed.
+            own: ``[K]`` factors of H_kΔ_k, which is not computed where they are 0; None for 1.
 
         Returns:
             The K next tangents, stacked.
         """
         if not self.losses:
             return tangents
-        gradient, curved, statistics = self.products(state, tangents)
+        if curvature:
+            gradient, curved, statistics = self.products(state, tangents)
+            if curvature != 1.0:
+                curved = {name: curvature * value for name, value in curved.items()}
+        else:
+            gradient, statistics = self._gradient_for_update(state), tangents.statistics
+            curved = {name: torch.zeros_like(tangents.params[name]) for name in self.used}
         shift = {name: torch.zeros_like(value) for name, value in curved.items()}
         rows = (self.samples[None, :] == removed[:, None]).any(1).nonzero()[:, 0]
-        if len(rows):
-            moved = {name: value[rows] for name, value in tangents.params.items()}
-            first, second = self.leaving_out(state.params, moved, removed[rows])
-            for name in curved:
-                shift[name].index_copy_(0, rows, first[name])
-                curved[name].index_add_(0, rows, second[name])
+        factors = torch.ones(len(rows)) if own is None else own[rows]
+        self._leave_out(state, tangents, removed, rows[factors == 0], None, curved, shift)
+        corrected, factors = rows[factors != 0], factors[factors != 0]
+        self._leave_out(state, tangents, removed, corrected, factors, curved, shift)
         pushed = self._push_update(state, gradient, tangents, curved, shift)
         return pushed._replace(statistics=statistics)
+
+    def _leave_out(
+        self,
+        state: State,
+        tangents: State,
+        removed: Tensor,
+        rows: Tensor,
+        factors: Tensor | None,
+        curved: Params,
+        shift: Params,
+    ) -> None:
+        """Put -g_k into ``shift``, and -H_kΔ_k times a factor into ``curved``, at some rows."""
+        if not len(rows):
+            return
+        if factors is None:
+            first = self.removed_gradients(state.params, removed[rows])
+        else:
+            moved = {name: value[rows] for name, value in tangents.params.items()}
+            first, second = self.leaving_out(state.params, moved, removed[rows])
+            for name, value in second.items():
+                scale = factors.to(value).view(-1, *[1] * (value.dim() - 1))
+                curved[name].index_add_(0, rows, value * scale)
+        for name, value in first.items():
+            shift[name].index_copy_(0, rows, value)
+
+    def _gradient_for_update(self, state: State) -> Params:
+        """∇L at w = 1 where U's derivative depends on it, else a placeholder."""
+        linear = self.update.linear
+        return self._placeholder(state) if linear else self.gradient(state.params, self.ones())
 
     @property
     def _backwards(self) -> bool:
@@ -292,6 +341,22 @@ class StepMap:
             gradients.append(found)
             products.append(curved)
         return _sum_up(gradients), _sum_up(products), tangents.statistics
+
+    def removed_gradients(self, params: Params, removed: Tensor) -> Params:
+        """What leaving out k adds to the gradient: -g_k/|m|.
+
+        Args:
+            params: θ_t.
+            removed: ``[K]`` sample numbers.
+
+        Returns:
+            K of them stacked, for the parameters in use.
+        """
+        found = self.gradients(params, self.removal_weights(removed) - 1.0)
+        if not self.penalty:
+            return found
+        constant = self.gradient(params, torch.zeros_like(self.ones()))
+        return {name: value - constant[name] for name, value in found.items()}
 
     def leaving_out(
         self, params: Params, tangents: Params, removed: Tensor
@@ -439,9 +504,7 @@ class StepMap:
         """
         if not self.losses:
             return self.update.vjp(state, {}, cotangent)[0], torch.zeros(0)
-        linear = self.update.linear
-        gradient = self._placeholder(state) if linear else self.gradient(state.params, self.ones())
-        back, mu = self.update.vjp(state, gradient, cotangent)
+        back, mu = self.update.vjp(state, self._gradient_for_update(state), cotangent)
         direction = {n: mu.get(n, torch.zeros_like(p)) for n, p in state.params.items()}
         if self._backwards:
             return back, torch.cat([self._tape(loss).product(direction)[1] for loss in self.losses])

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import torch
@@ -132,6 +132,18 @@ class Tape:
             [one for one, _ in kept],
             [error for _, error in kept],
         )
+
+    def without(self, names: Collection[str]) -> Tape:
+        """Leave out parameters: nothing is then differentiated for them.
+
+        Args:
+            names: those to leave out.
+
+        Returns:
+            A tape on the same graph.
+        """
+        inputs = {name: value for name, value in self.inputs.items() if name not in names}
+        return replace(self, inputs=inputs, grads={name: self.grads[name] for name in inputs})
 
     def detached(self) -> Params:
         """The gradient alone.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,10 +14,15 @@ from lightning_accie.replay.update_rules import UpdateRule
 
 @dataclass(frozen=True)
 class Clip:
-    """Gradient clipping as `Trainer` does it: ``"norm"`` (global) or ``"value"``, at ``limit``."""
+    """Gradient clipping as `Trainer` does it: ``"norm"`` (global) or ``"value"``, at ``limit``.
+
+    Attributes:
+        rest: gradients of parameters that are not clipped here, but count in the norm.
+    """
 
     algorithm: str
     limit: float
+    rest: Params = field(default_factory=dict)
 
     def __call__(self, grads: Params) -> Params:
         """Clip; the operations are those of `torch.nn.utils.clip_grad_norm_` in its order.
@@ -30,7 +35,9 @@ class Clip:
         if not grads:
             return grads
         # The norm's derivative at 0 is defined as 0 by torch for both modes of differentiation.
-        norms = torch.stack([torch.linalg.vector_norm(g) for g in grads.values()])
+        norms = torch.stack(
+            [torch.linalg.vector_norm(g) for g in (*grads.values(), *self.rest.values())]
+        )
         total = torch.linalg.vector_norm(norms)
         coefficient = torch.clamp(self.limit / (total + 1e-6), max=1.0)
         return {name: g * coefficient for name, g in grads.items()}

@@ -61,6 +61,8 @@ class Visit:
 
     map: StepMap
     snapshot: Snapshot
+    epoch: int = 0
+    """The epoch whose batches it took."""
 
     @property
     def step(self) -> int:
@@ -297,6 +299,7 @@ class Walker:
                 transforms=self.program.untransformed is None,
             ),
             snapshot,
+            step.micro_batches[0].epoch if step.micro_batches else 0,
         )
         state = state._replace(statistics=self.program.statistics.of(ran.buffers))
         following = Snapshot(snapshot.step + 1, state, counts, ran.buffers, ran.random)
