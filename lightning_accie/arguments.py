@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_accie.estimators import ESTIMATORS, Estimator
+from lightning_accie.estimators import ESTIMATORS, Estimator, takes_layers
+from lightning_accie.estimators.layers import check_layers
 from lightning_accie.launch import STRATEGIES
 from lightning_accie.trajectory.reader import Trajectory
 from lightning_accie.trajectory.sizes import parse_bytes
@@ -58,7 +59,23 @@ def _complaint(given: dict[str, Any]) -> str:
             f'`sample_id={given["sample_id"]!r}` reads ids off the batches, which `capture="indices"` '
             'does not keep. Use `capture="batches"`, or leave one of the two out.'
         )
+    layers, estimator = given.get("layers"), given.get("estimator", "auto")
+    if layers is not None and not takes_layers(estimator):
+        if not isinstance(estimator, str):
+            return (
+                f"`layers` is an argument of the estimator: give it to {type(estimator).__name__}."
+            )
+        able = ", ".join(repr(name) for name in ("auto", *ESTIMATORS) if takes_layers(name))
+        return f"`estimator={estimator!r}` has no `layers`; {able} have."
     return ""
+
+
+def _layers(value: Any) -> bool:
+    try:
+        check_layers(value)
+    except ValueError:
+        return False
+    return True
 
 
 def _whole(least: int) -> Callable[[Any], bool]:
@@ -122,6 +139,11 @@ _RULES: dict[str, _Rule] = {
     "estimator": (
         lambda value: isinstance(value, Estimator) or _one_of("auto", *ESTIMATORS)(value),
         f"one of {', '.join(repr(name) for name in ('auto', *ESTIMATORS))} or an Estimator",
+    ),
+    "layers": (
+        _layers,
+        'a glob of module or parameter names such as "head", several of them, or a '
+        "callable(parameter_name) -> bool",
     ),
     "at": (_one_of(*ENDS), f"one of {', '.join(map(repr, ENDS))}"),
     "top_k": (_whole(1), "an integer of at least 1"),

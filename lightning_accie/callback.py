@@ -18,6 +18,7 @@ from lightning_accie.described import Describe
 from lightning_accie.engine import InfluenceEngine
 from lightning_accie.errors import DescribeError, InfluenceError
 from lightning_accie.estimators import Estimator, SgdIE, resolve_estimator
+from lightning_accie.estimators.layers import Layers
 from lightning_accie.progress import close_bar, progress_like
 from lightning_accie.query import QueryFunction
 from lightning_accie.replay.module import SampleLosses
@@ -42,6 +43,9 @@ class InfluenceCallback(CallbackBase):
             estimator's name (``"sgd-ie"``, ``"acc-sgd-ie"``, ``"low-rank-acc-sgd-ie"``,
             ``"leave-one-out"``, ``"tracin"``), or an instance such as
             ``AccSgdIE(candidates=500)``.
+        layers: whose change the estimates follow: globs of module or parameter names such as
+            ``"head"``, or a predicate on a parameter's name; the other parameters stay those of the
+            recorded run. Exact replays always leave a sample out of everything. None for all.
         at: where the run ends for the ranking: ``"last"``, after its last step, or ``"best"``, at the
             best checkpoint of a ModelCheckpoint that has a ``monitor=``.
         top_k: how many harmful and how many helpful samples to report, and to refine.
@@ -93,6 +97,7 @@ class InfluenceCallback(CallbackBase):
         monitor: QueryFunction | str = "val_loss",  # LightningCLI tries an import path first
         *,
         estimator: str | Estimator = "auto",
+        layers: Layers = None,
         at: str = "last",
         top_k: int = 25,
         verify: int = 20,
@@ -115,6 +120,7 @@ class InfluenceCallback(CallbackBase):
         check_arguments(
             monitor=monitor,
             estimator=estimator,
+            layers=layers,
             at=at,
             top_k=top_k,
             verify=verify,
@@ -137,6 +143,7 @@ class InfluenceCallback(CallbackBase):
         self._memory_budget = parse_bytes(memory_budget)
         self.monitor = monitor
         self.estimator = estimator
+        self.layers = layers
         self.at = at
         self.top_k = top_k
         self.verify = verify
@@ -198,7 +205,7 @@ class InfluenceCallback(CallbackBase):
             analyses=self.run == "fit_end",
             capture=self.capture,
             sample_id=self.sample_id,
-            probe=(resolve_estimator(self.estimator) or SgdIE()).probe,
+            probe=(resolve_estimator(self.estimator, self.layers) or SgdIE(self.layers)).probe,
             dirpath=self.dirpath,
             overwrite=self.overwrite,
             disk_budget=self._disk_budget,
@@ -376,6 +383,7 @@ class InfluenceCallback(CallbackBase):
         return engine.estimate(
             self.monitor,
             self.estimator,
+            layers=self.layers,
             query_dataloader=self.query_dataloader,
             at=self._at(trainer),
             verify=self.verify,

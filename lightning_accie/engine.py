@@ -22,6 +22,7 @@ from lightning_accie.described import Describe, described
 from lightning_accie.errors import QueryError, TrajectoryError
 from lightning_accie.estimators import Estimator, resolve_estimator
 from lightning_accie.estimators.base import Alone, NoProgress, Progress, Replay
+from lightning_accie.estimators.layers import Layers, layers_to_json
 from lightning_accie.estimators.losses import training_losses
 from lightning_accie.estimators.measure import Ladder, choose_ways
 from lightning_accie.launch import launch
@@ -286,6 +287,7 @@ class InfluenceEngine:
         query: str | QueryFunction | None = None,
         estimator: str | Estimator = "auto",
         *,
+        layers: Layers = None,
         query_dataloader: Any = None,
         at: At = "last",
         verify: int = 20,
@@ -304,6 +306,7 @@ class InfluenceEngine:
             query: a name that ``validation_step`` logs, or ``callable(module, batch) -> scalar``;
                 lower must be better. Default: what the trajectory was recorded for.
             estimator: ``"auto"``, an estimator's name, or an estimator.
+            layers: whose change the estimates follow; see `InfluenceCallback`.
             query_dataloader: the batches for the query, where they are not the validation data.
             at: where the run ends for this ranking: ``"last"``, after its last step; ``"best"``, at
                 the checkpoint that a ModelCheckpoint of the run found best; or after so many steps.
@@ -324,11 +327,13 @@ class InfluenceEngine:
             DescribeError: if ``describe`` fails, before any work is done.
             QueryError: if the query is not found or cannot be differentiated.
             ReplayMismatchError: if the replay departs from the recorded run.
+            UnsupportedError: if ``layers`` names no parameter.
             ValueError: if an argument has a wrong type or value.
         """
         check_engine_arguments(
             query=query,
             estimator=estimator,
+            layers=layers,
             query_dataloader=query_dataloader,
             verify=verify,
             top_k=top_k,
@@ -340,7 +345,7 @@ class InfluenceEngine:
         asked = {name: value for name, value in locals().items() if name in _ASKED}
         if self._given["devices"] > 1:
             return launch(InfluenceEngine, self._given, asked)
-        chosen = resolve_estimator(estimator)
+        chosen = resolve_estimator(estimator, layers)
         with random_state.isolated(self._cuda), torch.compiler.set_stance("force_eager"):
             replay = self._replay(query, query_dataloader, at)
             value = replay.query.value(replay.final.state.visible)
@@ -357,10 +362,11 @@ class InfluenceEngine:
             # First of all: an error in the user's function comes at once, and none loses a ranking.
             columns = self._columns(replay, describe, loss_column)
             with self._unfinished(replay, value, resume=resume) as kept:
-                ranking = Ranking(self._shared(replay, kept), seed, tell=rank_zero_info)
+                shared = self._shared(replay, kept)
+                ranking = Ranking(shared, seed, tell=rank_zero_info, layers=layers)
                 ranking.run(chosen, top_k=top_k, verify=verify)
                 kept.write() if ranking.interrupted else kept.remove()
-        return self._scores(replay, ranking, columns, value, estimator, at, ladder)
+        return self._scores(replay, ranking, columns, value, estimator, layers, at, ladder)
 
     # ------------------------------------------------------------------ several processes
 
@@ -480,16 +486,18 @@ class InfluenceEngine:
         columns: dict[str, list[Any]],
         value: float,
         estimator: str | Estimator,
+        layers: Layers,
         at: At,
         ladder: Ladder,
     ) -> InfluenceScores:
         fidelity = replay.walker.fidelity
         header = self.trajectory.header
+        settings = layers_to_json(layers) if isinstance(estimator, str) else estimator.settings()
         info = {
             "query": replay.query.name,
             "query_value": value,
             "estimator": estimator if isinstance(estimator, str) else estimator.name,
-            "settings": {} if isinstance(estimator, str) else estimator.settings(),
+            "settings": settings,
             "at": at,
             "steps": len(replay.walker),
             "recorded_steps": len(self.trajectory),

@@ -18,6 +18,7 @@ from torch import Tensor
 from lightning_accie.agreement import Agreement, measure
 from lightning_accie.estimators.acc_sgd_ie import AccSgdIE
 from lightning_accie.estimators.base import Estimate, Estimator, Interrupted, Replay, strongest
+from lightning_accie.estimators.layers import Layers
 from lightning_accie.estimators.leave_one_out import LeaveOneOut
 from lightning_accie.estimators.measure import Prices, measure_prices
 from lightning_accie.estimators.sgd_ie import SgdIE
@@ -71,6 +72,7 @@ class Ranking:
         replay: the run.
         seed: of the random choice of samples to verify.
         tell: what takes a sentence about what will be done.
+        layers: those that the automatic ranking follows; see `AccSgdIE`.
     """
 
     def __init__(
@@ -78,10 +80,12 @@ class Ranking:
         replay: Replay,
         seed: int,
         tell: Callable[[str], None] = lambda text: None,
+        layers: Layers = None,
     ) -> None:
         self.replay = replay
         self.seed = seed
         self.tell = tell
+        self.layers = layers
         self.samples = torch.zeros(0, dtype=torch.int64)
         self.estimate = torch.zeros(0, dtype=torch.float64)
         self.exact = torch.zeros(0, dtype=torch.float64)
@@ -110,10 +114,10 @@ class Ranking:
             top_k: how many of the strongest on each side the automatic ranking refines.
             verify: how many samples to replay exactly, half of them the strongest, half at random.
         """
-        first = SgdIE() if estimator is None else estimator
+        first = SgdIE(self.layers) if estimator is None else estimator
         prices = None
         if first.name != EXACT and (verify or estimator is None):
-            prices = measure_prices(self.replay)
+            prices = measure_prices(self.replay, self.layers)
             refined = 2 * top_k if estimator is None else 0
             self.tell(plan(len(self.replay.samples), first.name, prices, refined, verify))
         self._begin(first)
@@ -164,7 +168,8 @@ class Ranking:
             self._replay_exactly(candidates)
             return
         wanted = torch.unique(torch.cat([candidates, also]))
-        self._add(lambda: AccSgdIE(wanted).estimate(self.replay), AccSgdIE.name)
+        refined = AccSgdIE(wanted, layers=self.layers)
+        self._add(lambda: refined.estimate(self.replay), AccSgdIE.name)
 
     def _unverified(self, count: int) -> Tensor:
         """The strongest samples, as many as are to be verified."""

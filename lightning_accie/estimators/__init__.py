@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from inspect import signature
+
 from lightning_accie.estimators.acc_sgd_ie import AccSgdIE
 from lightning_accie.estimators.base import Estimate, Estimator
+from lightning_accie.estimators.layers import Layers
 from lightning_accie.estimators.leave_one_out import LeaveOneOut
 from lightning_accie.estimators.low_rank import LowRankAccSgdIE
 from lightning_accie.estimators.sgd_ie import SgdIE
@@ -15,11 +18,26 @@ ESTIMATORS: dict[str, type[Estimator]] = {
 }
 
 
-def resolve_estimator(estimator: str | Estimator) -> Estimator | None:
+def takes_layers(estimator: str | Estimator) -> bool:
+    """Tell whether ``layers=`` can be given beside ``estimator=``.
+
+    Args:
+        estimator: ``"auto"``, a name, or an instance.
+
+    Returns:
+        Whether it is ``"auto"``, or the name of an estimator that follows some layers only.
+    """
+    return isinstance(estimator, str) and (
+        estimator == "auto" or "layers" in signature(ESTIMATORS[estimator]).parameters
+    )
+
+
+def resolve_estimator(estimator: str | Estimator, layers: Layers = None) -> Estimator | None:
     """Turn an ``estimator=`` argument into an estimator.
 
     Args:
         estimator: ``"auto"``, a name, or an instance.
+        layers: for an estimator that `takes_layers`.
 
     Returns:
         The estimator; None for ``"auto"``.
@@ -34,7 +52,7 @@ def resolve_estimator(estimator: str | Estimator) -> Estimator | None:
     if estimator not in ESTIMATORS:
         names = ", ".join(f'"{name}"' for name in ["auto", *ESTIMATORS])
         raise ValueError(f"`estimator` must be one of {names} or an Estimator, got {estimator!r}.")
-    return ESTIMATORS[estimator]()
+    return ESTIMATORS[estimator](**({} if layers is None else {"layers": layers}))
 
 
 __all__ = [
@@ -47,4 +65,5 @@ __all__ = [
     "SgdIE",
     "TracIn",
     "resolve_estimator",
+    "takes_layers",
 ]

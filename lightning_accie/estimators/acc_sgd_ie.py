@@ -130,6 +130,18 @@ class AccSgdIE(ChunkedEstimator):
         trusted = influence.isfinite() & (figures["relative_change"] <= BLOW_UP)
         return Estimate(self.name, samples, influence, trusted, extras=figures)
 
+    def carried(self, replay: Replay) -> State:
+        """What is carried along the run for one sample.
+
+        Args:
+            replay: the run.
+
+        Returns:
+            The parameters that ``layers=`` names, with what the optimiser keeps for them.
+        """
+        state = replay.final.state
+        return state.only(followed(self.layers, state))
+
     def work(self, replay: Replay, samples: Tensor, advance: Advance) -> dict[str, Tensor]:
         """Carry Δ_j along the run for every sample of a chunk.
 

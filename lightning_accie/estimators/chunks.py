@@ -23,6 +23,7 @@ from lightning_accie.estimators.base import (
 )
 from lightning_accie.estimators.kept import Collected
 from lightning_accie.estimators.sgd_ie import SgdIE
+from lightning_accie.replay.state import State
 from lightning_accie.replay.tape import saved_bytes
 from lightning_accie.replay.walker import Visit
 
@@ -133,7 +134,7 @@ class ChunkedEstimator(Estimator):
     def _all_found(self, replay: Replay, samples: Tensor, collected: Collected) -> bool:
         """Find the figures of samples, unless Ctrl-C is pressed."""
         team = replay.team
-        mine = team.begin(replay, self, _split(replay, samples, self.copies))
+        mine = team.begin(replay, self, self._split(replay, samples))
         title, total = self.title.format(len(samples)), len(mine) * len(replay.walker)
         finished = True
         try:
@@ -163,21 +164,37 @@ class ChunkedEstimator(Estimator):
         replay.kept.add(self.key, {"samples": samples, **figures})
         return figures
 
+    def carried(self, replay: Replay) -> State:
+        """What is carried along the run for one sample.
 
-def _split(replay: Replay, samples: Tensor, copies: int) -> tuple[Tensor, ...]:
-    """Chunks that fit the memory budget, by the step that first drew them; one a process at least."""
-    order = torch.argsort(replay.first[replay.positions(samples)], stable=True)
-    share = -(-len(samples) // replay.team.size)
-    return samples[order].split(min(share, chunk_size(replay, copies)))
+        Args:
+            replay: the run.
+
+        Returns:
+            A state of that size.
+        """
+        return replay.final.state
+
+    def _split(self, replay: Replay, samples: Tensor) -> tuple[Tensor, ...]:
+        """Chunks that fit the memory budget, by first draw; one a process at least."""
+        order = torch.argsort(replay.first[replay.positions(samples)], stable=True)
+        share = -(-len(samples) // replay.team.size)
+        size = chunk_size(replay, self.copies, self.carried(replay))
+        return samples[order].split(min(share, size))
 
 
-def chunk_size(replay: Replay, copies: int) -> int:
+def chunk_size(replay: Replay, copies: int, carried: State | None = None) -> int:
     """Bound a chunk by the memory budget, and by what vectorising gains.
+
+    Args:
+        replay: the run.
+        copies: how many states' worth of memory one sample takes while it is worked on.
+        carried: what is carried for one sample; by default a state of the run.
 
     Returns:
         The number of samples to carry at once, at least 1.
     """
-    state = replay.final.state
+    state = replay.final.state if carried is None else carried
     numbers = sum(value.numel() for value in state.params.values())
     per_sample = copies * state.nbytes() + 2 * activation_bytes(replay)
     fits = replay.memory_budget // max(1, per_sample)

@@ -12,6 +12,8 @@ import torch
 from lightning_accie.errors import first_line
 from lightning_accie.estimators.base import Replay
 from lightning_accie.estimators.chunks import chunk_size
+from lightning_accie.estimators.layers import Layers, followed
+from lightning_accie.replay.part import part_of
 from lightning_accie.replay.state import Params, stack, zeros_like
 from lightning_accie.replay.step import TANGENTS
 from lightning_accie.replay.walker import Visit, Walker
@@ -192,11 +194,12 @@ class Prices:
         return self.exact <= self.acc
 
 
-def measure_prices(replay: Replay) -> Prices:
+def measure_prices(replay: Replay, layers: Layers = None) -> Prices:
     """Measure one step of each, for as many samples as are carried at once.
 
     Args:
         replay: the run.
+        layers: those that ACC-SGD-IE would follow.
 
     Returns:
         The prices.
@@ -204,12 +207,13 @@ def measure_prices(replay: Replay) -> Prices:
     visit: Visit = next(replay.walker.forwards())
     size = min(_ROWS, len(replay.samples), chunk_size(replay, 10))
     removed = replay.samples[:size]
-    tangents = zeros_like(visit.state, batch=size)
+    part = part_of(visit, followed(layers, visit.state))
+    tangents = zeros_like(part.state, batch=size)
     states = stack(visit.state, size).map(torch.clone)
     whole_run = len(replay.walker) / size
     exact = _best_of(lambda: visit.map.advance_many(states, removed))
     try:
-        acc = _best_of(lambda: visit.map.push(visit.state, tangents, removed))
+        acc = _best_of(lambda: part.map.push(part.state, tangents, removed))
     except (NotImplementedError, RuntimeError):
         acc = float("inf")
     return Prices(exact * whole_run, acc * whole_run)

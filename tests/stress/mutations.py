@@ -40,6 +40,7 @@ class Mutation:
 
 
 EXACT = "tests/estimators/test_exactness.py"
+CHEAPER = "tests/estimators/test_cheaper_acc.py"
 STATISTICS = "tests/estimators/test_running_statistics.py"
 FIDELITY = "tests/estimators/test_fidelity.py"
 BITS = "tests/replay/test_bit_exact.py"
@@ -368,9 +369,37 @@ MUTATIONS = [
     Mutation(
         "ACC-SGD-IE: no correction by the sample's own curvature",
         "replay/step.py",
-        "                curved[name].index_add_(0, rows, second[name])\n",
-        "",
+        "                curved[name].index_add_(0, rows, value * scale)\n",
+        "                scale = 0.0\n",
         EXACT,
+    ),
+    Mutation(
+        "ACC-SGD-IE: a correction at random is not divided by its probability",
+        "estimators/thinning.py",
+        "return applied[place] / self.probability",
+        "return applied[place].float()",
+        CHEAPER,
+    ),
+    Mutation(
+        "ACC-SGD-IE: a segment's curvature is not scaled",
+        "estimators/thinning.py",
+        "return float(length) if",
+        "return 1.0 if",
+        CHEAPER,
+    ),
+    Mutation(
+        "layers: the rest does not count in the gradient's norm",
+        "replay/part.py",
+        "{n: g for n, g in gradient.items() if n in rest}",
+        "{}",
+        CHEAPER,
+    ),
+    Mutation(
+        "layers: the chosen ones are held too",
+        "replay/part.py",
+        "rest = {name: value for name, value in state.params.items() if name not in chosen.params}",
+        "rest = dict(state.params)",
+        CHEAPER,
     ),
     Mutation(
         "ACC-SGD-IE: Adam's bracket is linearised",
