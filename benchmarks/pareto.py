@@ -168,7 +168,8 @@ def plot(all_figures: dict[str, Figures], path: Path) -> None:
     axes = figure.subplots(len(all_figures), 1, squeeze=False)[:, 0]
     for problem, axis in zip(PROBLEMS, axes, strict=True):
         draw(problem, all_figures[problem.name], axis)
-    axes[0].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    handles, labels = axes[-1].get_legend_handles_labels()  # the last problem has all families
+    axes[0].legend(handles, labels, fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     axes[-1].set_xlabel("cost of all 200 samples, in units of Trainer.fit")
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, metadata={"Date": None})
@@ -179,10 +180,13 @@ def draw(problem: Problem, figures: Figures, axis: Axes) -> None:
     for way in ways(problem):
         if way.family not in ("TracIn", "ACC-SGD-IE, linear query"):  # far off the scale; dearer
             families.setdefault(way.family, []).append(way)
-    for (family, members), marker in zip(families.items(), "osD^v<>P*X", strict=False):
+    shown = dict.fromkeys(way.family for way in ways(PROBLEMS[-1]))
+    styles = {family: (f"C{n % 10}", "osD^v<>P*X"[n % 10]) for n, family in enumerate(shown)}
+    for family, members in families.items():
+        color, marker = styles[family]
         points = [mean(figures[way.name]) for way in members]
         costs, errors = [p[0] for p in points], [p[1] for p in points]
-        axis.plot(costs, errors, marker=marker, linewidth=0.8, label=family)
+        axis.plot(costs, errors, marker=marker, color=color, linewidth=0.8, label=family)
         for way, cost, error in zip(members, costs, errors, strict=True):
             where = {"xytext": (3, 3), "textcoords": "offset points"}
             axis.annotate(way.mark, (cost, error), fontsize=6, **where)
