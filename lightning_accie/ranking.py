@@ -20,7 +20,7 @@ from lightning_accie.estimators.acc_sgd_ie import AccSgdIE
 from lightning_accie.estimators.base import Estimate, Estimator, Interrupted, Replay, strongest
 from lightning_accie.estimators.layers import Layers
 from lightning_accie.estimators.leave_one_out import LeaveOneOut
-from lightning_accie.estimators.measure import Prices, measure_prices
+from lightning_accie.estimators.measure import Prices, Walk, measure_prices, measure_walk
 from lightning_accie.estimators.sgd_ie import SgdIE
 
 EXACT = LeaveOneOut.name
@@ -56,6 +56,31 @@ def plan(count: int, first: str, prices: Prices, refined: int, verify: int) -> s
         f"{_duration(seconds)}. `top_k=` and `verify=` set how many; Ctrl-C keeps the ranking as far "
         "as it has come."
     )
+
+
+def walk_plan(count: int, first: str, walk: Walk) -> str:
+    """Say what the ranking of all samples will take, before it begins.
+
+    Args:
+        count: how many samples there are.
+        first: whose ranking it is.
+        walk: what the walk back over the run takes.
+
+    Returns:
+        A sentence.
+    """
+    passes = "1 pass" if walk.passes == 1 else f"{walk.passes:.2g} passes"
+    return (
+        f"Influence analysis: {first} of {count} samples, {passes} forwards and 1 backwards over "
+        f"{walk.steps} steps, up to {_size(walk.nbytes)} of states, about {_duration(walk.seconds)}."
+    )
+
+
+def _size(nbytes: float) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if nbytes >= size:
+            return f"{nbytes / size:.1f} {unit}"
+    return f"{nbytes / 1e3:.0f} kB"
 
 
 def _duration(seconds: float) -> str:
@@ -116,6 +141,9 @@ class Ranking:
         """
         first = SgdIE(self.layers) if estimator is None else estimator
         prices = None
+        if isinstance(first, SgdIE):
+            walk = measure_walk(self.replay, first.layers)
+            self.tell(walk_plan(len(self.replay.samples), first.name, walk))
         if first.name != EXACT and (verify or estimator is None):
             prices = measure_prices(self.replay, self.layers)
             refined = 2 * top_k if estimator is None else 0

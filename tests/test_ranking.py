@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from lightning_accie.estimators.measure import Prices
-from lightning_accie.ranking import plan
+from lightning_accie.estimators.measure import Prices, Walk, measure_walk
+from lightning_accie.ranking import plan, walk_plan
 from tests.problems import Classifier, classification, record, sgd, smooth_net
 
 EXACT_CHEAPER, ACC_CHEAPER = Prices(exact=2.0, acc=3.0), Prices(exact=20.0, acc=1.0)
@@ -56,6 +57,62 @@ def test_the_plan(prices: Prices, refined: int, verify: int, words: str) -> None
     text = plan(300, "sgd-ie", prices, refined, verify)
     assert text.startswith("Influence analysis: sgd-ie, then ")
     assert words in text
+
+
+@pytest.mark.parametrize(
+    ("walk", "words"),
+    [
+        (
+            Walk(480, 1, 12_300_000, 4.2),
+            "1 pass forwards and 1 backwards over 480 steps, up to 12.3 MB",
+        ),
+        (
+            Walk(9, 3, 1_200_000_000, 250.0),
+            "3 passes forwards and 1 backwards over 9 steps, up to 1.2 GB",
+        ),
+        (Walk(9, 1, 1200, 0.1), "up to 1 kB of states, about 1 s."),
+    ],
+)
+def test_the_plan_of_a_walk(walk: Walk, words: str) -> None:
+    text = walk_plan(300, "sgd-ie", walk)
+    assert text.startswith("Influence analysis: sgd-ie of 300 samples, ")
+    assert words in text
+
+
+def test_what_a_walk_holds_is_what_was_announced(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The snapshots that are alive at once, with little room."""
+    engine = record(
+        tmp_path,
+        Classifier(smooth_net(), sgd(momentum=0.9)),
+        classification(48),
+        classification(11),
+    )
+    assert measure_walk(engine.replay("val_loss")).passes == 1
+    engine._walker.memory_budget = 20_000
+    replay = engine.replay("val_loss")
+    walk = measure_walk(replay)
+    assert walk.steps == 24
+    assert walk.passes > 1
+    assert 0 < walk.nbytes <= 20_000
+    forwards = 0
+    advance = replay.walker._advance
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal forwards
+        forwards += 1
+        return advance(*args, **kwargs)
+
+    replay.walker._advance = counted  # type: ignore[method-assign]
+    for _ in replay.walker.backwards():
+        pass
+    assert forwards == round(24 * walk.passes)
+    with caplog.at_level("INFO"):
+        engine.estimate(verify=0, estimator="sgd-ie")
+        engine.estimate(verify=0, estimator="leave-one-out")
+    (told,) = [line for line in caplog.messages if " backwards over 24 steps" in line]
+    assert f"{walk.passes:.2g} passes" in told
 
 
 def test_the_plan_is_told_and_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -194,6 +194,44 @@ class Prices:
         return self.exact <= self.acc
 
 
+@dataclass(frozen=True)
+class Walk:
+    """What a walk back over the run takes.
+
+    Attributes:
+        steps: how many steps the run has.
+        passes: how often each is run forwards for it; see `Walker.passes`.
+        nbytes: what is held at most, of states and graphs.
+        seconds: about how long it takes.
+    """
+
+    steps: int
+    passes: float
+    nbytes: int
+    seconds: float
+
+
+def measure_walk(replay: Replay, layers: Layers = None) -> Walk:
+    """Measure SGD-IE's backward walk, by its first step.
+
+    Args:
+        replay: the run.
+        layers: those that it would follow.
+
+    Returns:
+        What it takes.
+    """
+    walker = replay.walker
+    steps, passes = len(walker), walker.passes()
+    visit = next(walker.forwards())
+    part = part_of(visit, followed(layers, visit.state))
+    still = {name: torch.zeros_like(part.state.params[name]) for name in part.map.used}
+    cotangent = zeros_like(part.map.update(part.state, still))
+    back = _best_of(lambda: part.map.vjp(part.state, cotangent))
+    forward = _best_of(lambda: walker.again(visit))
+    return Walk(steps, passes, walker.held_bytes(), steps * (passes * forward + back))
+
+
 def measure_prices(replay: Replay, layers: Layers = None) -> Prices:
     """Measure one step of each, for as many samples as are carried at once.
 

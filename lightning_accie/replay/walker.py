@@ -210,22 +210,28 @@ class Walker:
             stop = len(self) if before is None else before
             yield from self._reversed(self.start(), stop, self._room())
 
-    def passes(self) -> int:
-        """Count how often `backwards` runs each step forwards.
+    def passes(self) -> float:
+        """Count how often `backwards` runs each step forwards, in the mean.
 
         Returns:
-            1 where all states fit into memory, one more for every level of recomputation.
+            1 where all states fit into memory, about one more for every level of recomputation.
         """
-        room, levels, length = self._room(), 1, len(self)
-        while length > room:
-            keep = _anchors(room)
-            length, room, levels = math.ceil(length / keep), max(2, room - keep), levels + 1
-        return levels
+        return _steps_run(len(self), self._room()) / max(1, len(self))
+
+    def held_bytes(self) -> int:
+        """Tell how much `backwards` holds at most, of states and graphs.
+
+        Returns:
+            The bytes.
+        """
+        return min(len(self), self._room()) * self._held_a_step()
 
     def _room(self) -> int:
         """How many steps fit the budget, each with its snapshot and its tape, if tapes are kept."""
-        each = self._snapshot_bytes() + (self._tape_bytes if self._keeps_tapes() else 0)
-        return max(4, self.memory_budget // max(1, each))
+        return max(4, self.memory_budget // max(1, self._held_a_step()))
+
+    def _held_a_step(self) -> int:
+        return self._snapshot_bytes() + (self._tape_bytes if self._keeps_tapes() else 0)
 
     def _snapshot_bytes(self) -> int:
         """The bytes of a snapshot once the first step has made the optimiser's slots."""
@@ -513,6 +519,15 @@ def _returned(share: Tensor, micro: MicroBatch) -> Tensor:
 def _stride(length: int, room: int) -> int:
     """How many steps lie between two anchors."""
     return math.ceil(length / _anchors(room))
+
+
+def _steps_run(length: int, room: int) -> int:
+    """How many steps `Walker._reversed` runs, for a segment of ``length`` steps."""
+    if length <= room:
+        return length
+    stride, rest = _stride(length, room), max(2, room - _anchors(room))
+    whole, last = divmod(length - 1, stride)  # the last segment has 1 to ``stride`` steps
+    return whole * (stride + _steps_run(stride, rest)) + _steps_run(last + 1, rest)
 
 
 def _anchors(room: int) -> int:
