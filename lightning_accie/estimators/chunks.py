@@ -22,6 +22,7 @@ from lightning_accie.estimators.base import (
     strongest,
 )
 from lightning_accie.estimators.kept import Collected
+from lightning_accie.estimators.layers import Layers
 from lightning_accie.estimators.sgd_ie import SgdIE
 from lightning_accie.replay.state import State
 from lightning_accie.replay.tape import saved_bytes
@@ -32,12 +33,13 @@ _CACHE_FRIENDLY = 2**22
 _LARGEST = 512
 
 
-def choose(replay: Replay, candidates: Candidates) -> Tensor:
+def choose(replay: Replay, candidates: Candidates, layers: Layers = None) -> Tensor:
     """Turn a ``candidates=`` argument into sample numbers.
 
     Args:
         replay: the run.
         candidates: None (all), a count (the strongest by SGD-IE) or sample numbers.
+        layers: those that SGD-IE then follows.
 
     Returns:
         ``[k]`` sample numbers, ascending.
@@ -45,7 +47,7 @@ def choose(replay: Replay, candidates: Candidates) -> Tensor:
     if candidates is None:
         return replay.samples
     if isinstance(candidates, int):
-        ranked = SgdIE().estimate(replay)
+        ranked = SgdIE(layers).estimate(replay)
         return ranked.samples[strongest(ranked.influence, candidates)]
     numbers = torch.as_tensor(candidates)
     replay.positions(numbers)
@@ -66,6 +68,8 @@ class ChunkedEstimator(Estimator):
 
     copies: int
     """How many states' worth of memory one sample takes while it is worked on."""
+    layers: Layers = None
+    """Those that are followed, where the estimator follows some only."""
     title: str
     """Of the progress bar, with ``{}`` for the number of samples."""
 
@@ -118,7 +122,7 @@ class ChunkedEstimator(Estimator):
         Raises:
             Interrupted: at Ctrl-C, with the chunks that were finished.
         """
-        samples = choose(replay, self.candidates)
+        samples = choose(replay, self.candidates, self.layers)
         collected = Collected(replay.span)
         for earlier in replay.kept.parts(self.key):
             figures = {name: value for name, value in earlier.items() if name != "samples"}

@@ -355,6 +355,8 @@ def test_layers_of_the_automatic_ranking(tmp_path: Path, monkeypatch: pytest.Mon
         expected = float(want[name][int(auto.index[i])])
         assert float(auto.influence[i]) == pytest.approx(expected, rel=1e-9)
     assert auto.info["settings"] == {"layers": [HEAD]}
+    strongest = AccSgdIE(2, layers=HEAD).estimate(replay).samples  # by SGD-IE of the same layers
+    assert set(strongest.tolist()) == {int(first.argmin()), int(first.argmax())}
     by_name = engine.estimate(estimator="sgd-ie", layers=HEAD, verify=0)
     torch.testing.assert_close(torch.as_tensor(by_name.influence), first, rtol=1e-12, atol=0.0)
     with pytest.raises(UnsupportedError, match="'nose', which matches no parameter"):
