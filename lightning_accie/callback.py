@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_accie._compat import CallbackBase
 from lightning_accie.arguments import check_arguments
@@ -396,6 +396,7 @@ class InfluenceCallback(CallbackBase):
     def _save(self, scores: InfluenceScores, directory: Path) -> None:
         try:
             scores.save(directory)
+            rank_zero_info(f"Influence scores: {directory / 'scores.csv'}")
         except OSError as error:  # a full disk: the training is done, and the ranking is there
             rank_zero_warn(
                 f"The scores could not be saved in {directory}: {error}. They are in the "

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from lightning_accie.agreement import Agreement
 from lightning_accie.scores_files import (
@@ -142,6 +142,9 @@ class InfluenceScores:
         query = f" on {self.info['query']}" if "query" in self.info else ""
         main = self.main_agreement
         trust = "" if main is None else f"; Kendall τ {main.kendall_tau:.2f}"
+        for found in self.agreement:  # the strongest, which are easy to order, raise the other
+            if main is not None and found.estimator == main.estimator and found.count > 1:
+                trust += f", at random {found.kendall_tau:.2f}" if found.sample == "random" else ""
         return (
             f"{type(self).__name__}({len(self)} samples{query}: {len(self._harmful())} harmful, "
             f"{len(self._helpful())} helpful, {self.replayed} replayed exactly{trust})"
@@ -206,9 +209,9 @@ class InfluenceScores:
             The rest of the dataset in its order, with samples that training never drew.
 
         Raises:
-            ValueError: if ``k`` is negative or more than there are harmful samples, if the
-                dataset is not as long as the one that was trained on, or if samples are named by
-                ``sample_id``.
+            ValueError: if ``k`` is negative or more than there are harmful samples, if given a
+                DataLoader, if the dataset is not as long as the one that was trained on, or if
+                samples are named by ``sample_id``.
         """
         if "sample_id" in self.columns:
             raise ValueError(
@@ -216,6 +219,8 @@ class InfluenceScores:
                 "appearance: it is no index of a dataset. Drop them by their ids: "
                 '`scores.top_harmful(k).columns["sample_id"]`.'
             )
+        if isinstance(dataset, DataLoader):
+            raise ValueError("Pass the dataset itself, not a DataLoader: `loader.dataset`.")
         length = len(dataset)  # type: ignore[arg-type]
         trained = self.info.get("samples")
         trained = length if trained is None else trained
@@ -227,7 +232,9 @@ class InfluenceScores:
             )
         harmful = self._harmful()
         if _count(k) > len(harmful):
-            raise ValueError(f"`k` is {k}, but only {len(harmful)} samples are harmful.")
+            raise ValueError(
+                f"`k` is {k}, but only {len(harmful)} samples are harmful: `k` may be up to that."
+            )
         dropped = set(self.index[harmful[:k]].tolist())
         return Subset(dataset, [number for number in range(length) if number not in dropped])
 

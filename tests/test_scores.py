@@ -9,6 +9,7 @@ import math
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_accie.errors import InfluenceError
 from lightning_accie.scores import InfluenceScores
@@ -123,6 +124,16 @@ def test_repr_says_it_in_a_line() -> None:
     )
 
 
+def test_repr_tells_the_agreement_of_samples_at_random() -> None:
+    scores = small_scores()
+    whole = scores.main_agreement
+    assert whole is not None
+    at_random = replace(whole, sample="random", count=4, kendall_tau=0.25)
+    other = replace(at_random, estimator="sgd-ie", kendall_tau=0.5)
+    found = repr(small_scores(agreement=(*scores.agreement, at_random, other)))
+    assert found.endswith("Kendall τ 1.00, at random 0.25)")
+
+
 def test_the_main_agreement_is_the_first_over_all_replays() -> None:
     assert small_scores().main_agreement.estimator == "acc-sgd-ie"
     assert small_scores(agreement=()).main_agreement is None
@@ -147,7 +158,7 @@ def test_cleaned_of_a_ranking_is_the_same() -> None:
     ("length", "k", "info", "message"),
     [
         (10, -1, {}, "at least 0, got -1"),
-        (10, 4, {}, "`k` is 4, but only 3 samples are harmful"),
+        (10, 4, {}, "`k` is 4, but only 3 samples are harmful: `k` may be up to that"),
         (9, 1, {}, "The dataset has 9 samples"),
         (11, 1, {"samples": 10}, "has 11 samples, .* these scores .of 10.*trained"),
     ],
@@ -155,6 +166,12 @@ def test_cleaned_of_a_ranking_is_the_same() -> None:
 def test_cleaned_refuses(length: int, k: int, info: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         small_scores(info=info).cleaned(TensorDataset(torch.arange(length)), k)
+
+
+def test_cleaned_wants_the_dataset_itself() -> None:
+    loader = DataLoader(TensorDataset(torch.arange(10)))  # as long as the dataset
+    with pytest.raises(ValueError, match=r"not a DataLoader: `loader\.dataset`"):
+        small_scores().cleaned(loader, 2)
 
 
 # ---------------------------------------------------------------------- validation

@@ -116,7 +116,13 @@ def trust(scores: InfluenceScores) -> list[str]:
     noise = scores.info.get("noise_floor")
     if noise is not None and math.isfinite(noise):
         lines.append(
-            f"Exact replays are rounded to ±{noise:.0e}, and to more where that flips a ReLU."
+            f"Exact replays are rounded to ±{noise:.0e}, more where that crosses a kink (ReLU)."
+        )
+    if layers := scores.info.get("settings", {}).get("layers"):
+        chosen = layers if isinstance(layers, str) else ", ".join(layers)
+        lines.append(
+            f"The estimates follow `layers={clean(chosen)}` alone; exact replays leave a sample out of "
+            "everything."
         )
     doubtful = int((~scores.trusted).sum())
     if doubtful:

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from lightning_accie.agreement import measure
 from lightning_accie.reports.console import print_report
+from lightning_accie.reports.words import trust
 from lightning_accie.scores import InfluenceScores
 from tests.score_examples import NAN, doubles, small_scores
 
@@ -192,3 +193,10 @@ def test_a_terminal_without_unicode_gets_question_marks() -> None:
 def test_standard_output_is_the_default(capsys: pytest.CaptureFixture[str]) -> None:
     print_report(small_scores(), 5)
     assert "Most harmful: val_loss" in capsys.readouterr().out
+
+
+def test_the_layers_that_were_followed_are_named() -> None:
+    for layers, named in ((["head", "net.2"], "head, net.2"), ("is_head", "is_head")):
+        lines = trust(small_scores(info={"settings": {"layers": layers}}))
+        assert any(f"follow `layers={named}` alone" in line for line in lines)
+    assert not any("layers" in line for line in trust(small_scores(info={"settings": {}})))
