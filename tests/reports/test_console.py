@@ -136,7 +136,7 @@ def test_the_agreement_is_told_in_words() -> None:
 
 def test_every_reserve_is_told() -> None:
     text = words(printed(small_scores(info={"noise_floor": 2e-9, "interrupted": True})))
-    assert "Exact replays are rounded to ±2e-09, and to more" in text
+    assert "Exact replays are rounded to ±2e-09, more" in text
     assert "Do not rely" not in text
     assert "Estimates not to be relied on, and not replayed either: 1." in text
     assert "The analysis was interrupted" in text
