@@ -260,7 +260,9 @@ class StepMap:
         else:
             gradient, statistics = self._gradient_for_update(state), tangents.statistics
             curved = {name: torch.zeros_like(tangents.params[name]) for name in self.used}
-        shift = {name: torch.zeros_like(value) for name, value in curved.items()}
+        shift = curved  # where U is linear, the two go through it as one
+        if not self.update.linear:
+            shift = {name: torch.zeros_like(value) for name, value in curved.items()}
         rows = (self.samples[None, :] == removed[:, None]).any(1).nonzero()[:, 0]
         factors = torch.ones(len(rows)) if own is None else own[rows]
         self._leave_out(state, tangents, removed, rows[factors == 0], None, curved, shift)
@@ -279,7 +281,7 @@ class StepMap:
         curved: Params,
         shift: Params,
     ) -> None:
-        """Put -g_k into ``shift``, and -H_kΔ_k times a factor into ``curved``, at some rows."""
+        """Add -g_k to ``shift``, and -H_kΔ_k times a factor into ``curved``, at some rows."""
         if not len(rows):
             return
         if factors is None:
@@ -291,7 +293,7 @@ class StepMap:
                 scale = factors.to(value).view(-1, *[1] * (value.dim() - 1))
                 curved[name].index_add_(0, rows, value * scale)
         for name, value in first.items():
-            shift[name].index_copy_(0, rows, value)
+            shift[name].index_add_(0, rows, value)
 
     def _gradient_for_update(self, state: State) -> Params:
         """∇L at w = 1 where U's derivative depends on it, else a placeholder."""
@@ -424,12 +426,7 @@ class StepMap:
     ) -> State:
         """Carry Δ_k and the change of the gradient through U."""
         if self.update.linear:  # then the bracket is U's derivative too
-
-            def linear(tangent: State, curve: Params, move: Params) -> State:
-                total = {name: curve[name] + move[name] for name in curve}
-                return _jvp(self.update, (state, gradient), (tangent, total))[1]
-
-            return vmap(linear)(tangents, curved, shift)
+            return self.update.push(state, gradient, tangents, curved)
         base = self.update(state, gradient)
 
         def general(tangent: State, curve: Params, move: Params) -> State:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.func import jvp, vmap
 
 from lightning_accie.replay.state import Params, Slots, State, unflatten_like
 from lightning_accie.replay.update_rules import UpdateRule
@@ -88,6 +89,22 @@ class Update:
         settings = list(self.settings.values())
         distinct = [s for i, s in enumerate(settings) if all(s is not t for t in settings[:i])]
         return self.clip is None and all(self.rule.linear_in_gradient(s) for s in distinct)
+
+    def push(self, state: State, grads: Params, tangents: State, along: Params) -> State:
+        """Push K tangents through, where the next state is affine in the gradient.
+
+        Args:
+            state: s.
+            grads: the gradient.
+            tangents: of the state, K of them stacked.
+            along: the tangents of the gradient, K of them stacked.
+
+        Returns:
+            The tangents of the next state, K of them stacked.
+        """
+        if getattr(self.rule, "homogeneous", False):
+            return self(tangents, along)
+        return vmap(lambda *both: jvp(self.__call__, (state, grads), both)[1])(tangents, along)
 
     def vjp(self, state: State, grads: Params, cotangent: State) -> tuple[State, Params]:
         """Pull a cotangent of the next state back to (state, gradient).

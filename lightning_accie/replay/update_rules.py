@@ -68,7 +68,7 @@ class UpdateRule(Protocol):
         """
         ...
 
-    # A rule may also have `vjp`, for speed alone; see `SGD.vjp`.
+    # A rule may also have `vjp` and `homogeneous`, for speed alone; see `SGD`.
 
     def slots_from(self, state: Mapping[str, Any]) -> tuple[dict[str, Tensor], int]:
         """Read a torch optimiser's state of one parameter.
@@ -89,6 +89,9 @@ class SGD:
     >>> param, slots
     (tensor([0.5000]), {'momentum_buffer': tensor([1.])})
     """
+
+    homogeneous = True
+    """The step is linear in parameter, gradient and slots together: it is its own derivative."""
 
     def update(
         self,
