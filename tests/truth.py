@@ -51,6 +51,15 @@ def retrain(
     return net
 
 
+def central_difference(query: Callable[[Tensor], float], count: int, j: int) -> float:
+    """dq/dw_j at ones, through training."""
+    h = 1e-5
+    up, down = torch.ones(count).double(), torch.ones(count).double()
+    up[j] += h
+    down[j] -= h
+    return (query(up) - query(down)) / (2 * h)
+
+
 def mean_loss(
     net: nn.Module, data: Sequence[Tensor], loss: Callable[..., Tensor] = F.cross_entropy
 ) -> float:
@@ -80,6 +89,7 @@ def set_parameters(net: nn.Module, params: dict[str, Tensor]) -> nn.Module:
 
 
 __all__ = [
+    "central_difference",
     "mean_loss",
     "recorded_batches",
     "recorded_rates",

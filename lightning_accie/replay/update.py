@@ -10,7 +10,7 @@ import torch
 from torch.func import jvp, vmap
 
 from lightning_accie.replay.state import Params, Slots, State, unflatten_like
-from lightning_accie.replay.update_rules import UpdateRule
+from lightning_accie.replay.update_rules import UpdateRule, shortcut
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Update:
         Returns:
             The tangents of the next state, K of them stacked.
         """
-        if getattr(self.rule, "homogeneous", False):
+        if shortcut(self.rule, "homogeneous"):
             return self(tangents, along)
         return vmap(lambda *both: jvp(self.__call__, (state, grads), both)[1])(tangents, along)
 
@@ -112,8 +112,8 @@ class Update:
         Returns:
             The cotangents of the state and of the gradient.
         """
-        if self.linear and hasattr(self.rule, "vjp"):
-            return self._linear_vjp(state, cotangent, grads.keys(), self.rule.vjp)
+        if self.linear and (vjp := shortcut(self.rule, "vjp")):
+            return self._linear_vjp(state, cotangent, grads.keys(), vjp)
         leaves = [leaf.detach().requires_grad_() for leaf in state.leaves()]
         at = {name: g.detach().requires_grad_() for name, g in grads.items()}
         with torch.enable_grad():

@@ -267,6 +267,24 @@ _WITHOUT = {
 """Optimisers of torch that have no rule here, and why."""
 
 
+def shortcut(rule: UpdateRule, name: str) -> Any:
+    """Find what a rule has for speed, if it is about the `update` that the rule has.
+
+    Args:
+        rule: the rule.
+        name: ``"vjp"`` or ``"homogeneous"``.
+
+    Returns:
+        It; None without it, and where a subclass has another `update` than the class that has it.
+    """
+    for kind in type(rule).__mro__:
+        if name in vars(kind):
+            return getattr(rule, name)
+        if "update" in vars(kind):
+            return None
+    return None
+
+
 def register_update_rule(optimizer: type[torch.optim.Optimizer], rule: UpdateRule) -> None:
     """Make runs with another optimiser class replayable.
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_accie.estimators import AccSgdIE, LeaveOneOut, SgdIE
+from lightning_accie.replay.update_rules import _RULES, SGD
 from tests.problems import (
     Classifier,
     Regressor,
@@ -24,7 +25,7 @@ from tests.problems import (
     sgd,
     smooth_net,
 )
-from tests.truth import mean_loss, recorded_batches, recorded_rates, retrain
+from tests.truth import central_difference, mean_loss, recorded_batches, recorded_rates, retrain
 
 
 def one_cycle(optimizer: torch.optim.Optimizer) -> Any:
@@ -98,12 +99,8 @@ def test_sgd_ie_is_the_derivative_of_training(tmp_path: Path, optimiser: str, tr
         return mean_loss(trained, val.tensors)
 
     assert query(torch.ones(20)) == pytest.approx(mean_loss(module.net, val.tensors), rel=1e-12)
-    h = 1e-5
     for j in (0, 7, 19):
-        up, down = torch.ones(20).double(), torch.ones(20).double()
-        up[j] += h
-        down[j] -= h
-        slope = (query(up) - query(down)) / (2 * h)
+        slope = central_difference(query, 20, j)
         position = int((estimate.samples == j).nonzero())
         assert float(estimate.influence[position]) == pytest.approx(-slope, rel=2e-5, abs=1e-9)
 
@@ -283,3 +280,52 @@ def test_acc_is_exact_for_what_only_the_last_step_drew(
     exact = LeaveOneOut(last).estimate(replay).influence
     assert float(exact.abs().max()) > 1e-5
     assert float((found - exact).abs().max()) < 1e-9 * float(exact.abs().max())
+
+
+class Shifted(torch.optim.SGD):
+    """Twice the learning rate, and every weight a bit lower."""
+
+    def step(self, closure: Any = None) -> Any:
+        loss = closure() if closure is not None else None
+        with torch.no_grad():
+            for group in self.param_groups:
+                for p in group["params"]:
+                    if p.grad is not None:
+                        p.copy_(p - 2 * group["lr"] * p.grad - 1e-3)
+        return loss
+
+
+class ShiftedRule(SGD):
+    """Takes the rest of the rule, shortcuts included, from that of SGD."""
+
+    def update(
+        self, param: Any, grad: Any, slots: Any, step: int, settings: Any
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return param - 2 * settings["lr"] * grad - 1e-3, {}
+
+
+def test_a_rule_that_inherits_shortcuts_is_differentiated_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(_RULES, Shifted, ShiftedRule())
+    data, val = classification(20), classification(11, seed=3)
+
+    def configure(parameters: Any) -> Any:
+        return Shifted(parameters, lr=0.1)
+
+    net = smooth_net()
+    initial = copy.deepcopy(net)
+    engine = record(tmp_path, Classifier(net, configure), data, val, max_epochs=1)
+    replay = engine.replay("val_loss")
+    found = SgdIE().estimate(replay).influence
+    batches = recorded_batches(engine.trajectory)
+
+    def query(weights: torch.Tensor) -> float:
+        start = copy.deepcopy(initial)
+        return mean_loss(retrain(start, data.tensors, batches, configure, weights), val.tensors)
+
+    for j in (0, 7, 19):
+        slope = central_difference(query, 20, j)
+        assert float(found[j]) == pytest.approx(-slope, rel=2e-5, abs=1e-9)
+    forwards = AccSgdIE(query="linear").estimate(replay).influence  # each drawn once
+    torch.testing.assert_close(forwards, found, rtol=1e-9, atol=1e-14)
