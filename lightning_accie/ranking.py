@@ -142,7 +142,7 @@ class Ranking:
         first = SgdIE(self.layers) if estimator is None else estimator
         prices = None
         if isinstance(first, SgdIE):
-            walk = measure_walk(self.replay, first.layers)
+            walk = measure_walk(self.replay, first)
             self.tell(walk_plan(len(self.replay.samples), first.name, walk))
         if first.name != EXACT and (verify or estimator is None):
             prices = measure_prices(self.replay, self.layers)

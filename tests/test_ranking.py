@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from lightning_accie.estimators import SgdIE
 from lightning_accie.estimators.measure import Prices, Walk, measure_walk
 from lightning_accie.ranking import plan, walk_plan
 from tests.problems import Classifier, classification, record, sgd, smooth_net
@@ -89,10 +90,10 @@ def test_what_a_walk_holds_is_what_was_announced(
         classification(48),
         classification(11),
     )
-    assert measure_walk(engine.replay("val_loss")).passes == 1
+    assert measure_walk(engine.replay("val_loss"), SgdIE()).passes == 1
     engine._walker.memory_budget = 20_000
     replay = engine.replay("val_loss")
-    walk = measure_walk(replay)
+    walk = measure_walk(replay, SgdIE())
     assert walk.steps == 24
     assert walk.passes > 1
     assert 0 < walk.nbytes <= 20_000

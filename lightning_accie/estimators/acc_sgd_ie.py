@@ -15,7 +15,7 @@ comes round again. The paper's ways to make it cheaper are in `layers`, `part` a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -107,7 +107,7 @@ class AccSgdIE(ChunkedEstimator):
         Returns:
             See `found`.
         """
-        explicit = with_names(self, replay.final.state.params)
+        explicit = with_names(self, replay.trainable)
         return super().estimate(replay) if explicit is self else explicit.estimate(replay)
 
     def found(self, replay: Replay, samples: Tensor, figures: Mapping[str, Tensor]) -> Estimate:
@@ -139,8 +139,7 @@ class AccSgdIE(ChunkedEstimator):
         Returns:
             The parameters that ``layers=`` names, with what the optimiser keeps for them.
         """
-        state = replay.final.state
-        return state.only(followed(self.layers, state))
+        return replay.final.state.only(followed(self.layers, replay.trainable))
 
     def work(self, replay: Replay, samples: Tensor, advance: Advance) -> dict[str, Tensor]:
         """Carry Δ_j along the run for every sample of a chunk.
@@ -165,32 +164,35 @@ class AccSgdIE(ChunkedEstimator):
             UnsupportedError: if ``layers=`` names no parameter, or ``every_k_steps=`` meets running
                 statistics.
         """
-        names = followed(self.layers, visit.state)
-        if self.thinning.every_k_steps > 1 and visit.state.statistics:
-            raise UnsupportedError(
-                "AccSgdIE with `every_k_steps` above 1 does not carry the running statistics of "
-                f"normalisation layers ({next(iter(visit.state.statistics))}, …), which change at "
-                "every step. Leave `every_k_steps` at 1."
-            )
+        part = self._part(visit, followed(self.layers, visit.trainable))
         removed = visit.map.samples[:1]
         if not len(removed):
             return
-        part = part_of(visit, names)
         still = zeros_like(part.state, batch=1)
         try:
             replace(part.map, tangents="one-by-one").push(part.state, still, removed)
         except (RuntimeError, NotImplementedError):  # no forward mode
             replace(part.map, tangents="double-backward").push(part.state, still, removed)
 
+    def _part(self, visit: Visit, names: Collection[str] | None) -> Visit:
+        """The step of the parameters that are followed."""
+        if self.thinning.every_k_steps > 1 and visit.state.statistics:
+            raise UnsupportedError(
+                "AccSgdIE with `every_k_steps` above 1 does not carry the running statistics of "
+                f"normalisation layers ({next(iter(visit.state.statistics))}, …), which change at "
+                "every step. Leave `every_k_steps` at 1."
+            )
+        return part_of(visit, names)
+
     def _carry(self, replay: Replay, samples: Tensor, advance: Advance) -> State:
         """Δ_j at the end of the run, ``[c, …]``, for one chunk (ordered by first visit)."""
         first = replay.first[replay.positions(samples)]
-        names, total = followed(self.layers, replay.final.state), len(replay.walker)
+        names, total = followed(self.layers, replay.trainable), len(replay.walker)
         tangents: State | None = None
         for visit in replay.walker.forwards():
             begun = int((first <= visit.step).sum())  # Δ_j = 0 before j's first visit
             if begun:
-                part, drawn = part_of(visit, names), samples[:begun]
+                part, drawn = self._part(visit, names), samples[:begun]
                 tangents = _grown(tangents, part.state, begun)
                 tangents = part.map.push(
                     part.state,

@@ -138,6 +138,11 @@ class Replay:
         """One more than the largest sample number."""
         return int(self.samples[-1]) + 1 if len(self.samples) else 0
 
+    @property
+    def trainable(self) -> tuple[str, ...]:
+        """The names of the parameters that the run trained."""
+        return self.walker.program.trainable
+
     def positions(self, samples: Tensor) -> Tensor:
         """Find samples among those drawn.
 

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import copy
 import glob
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, TypeVar
-
-from torch import Tensor
+from typing import Any, Protocol, TypeVar
 
 from lightning_accie.errors import UnsupportedError
-from lightning_accie.replay.state import State
 
 Layers = str | Sequence[str] | Callable[[str], bool] | None
-_E = TypeVar("_E")
+
+
+class Layered(Protocol):
+    """An estimator that follows some layers only."""
+
+    layers: Layers
+
+
+_E = TypeVar("_E", bound=Layered)
 
 
 def check_layers(layers: Layers) -> Layers:
@@ -45,16 +50,16 @@ _WANTED = (
 )
 
 
-def chosen_names(layers: Layers, params: Mapping[str, Tensor]) -> tuple[str, ...] | None:
+def chosen_names(layers: Layers, params: Sequence[str]) -> tuple[str, ...] | None:
     """Find the parameters that ``layers=`` names.
 
     Args:
         layers: globs, each of a parameter's name or of a module that holds it, at any depth;
             or a predicate on a parameter's name; None for all.
-        params: the parameters that the optimiser updates, by name.
+        params: the names of the trained parameters.
 
     Returns:
-        Their names, in the order of ``params``; None for all.
+        Those chosen, in the order of ``params``; None for all.
 
     Raises:
         ValueError: if it names none, or a glob matches nothing, with the names there are.
@@ -76,21 +81,21 @@ def chosen_names(layers: Layers, params: Mapping[str, Tensor]) -> tuple[str, ...
     return tuple(name for name in params if name in chosen)
 
 
-def followed(layers: Layers, state: State) -> tuple[str, ...] | None:
+def followed(layers: Layers, params: Sequence[str]) -> tuple[str, ...] | None:
     """The same for a recorded run.
 
     Args:
         layers: see `chosen_names`.
-        state: the run's.
+        params: the names of the parameters that it trained.
 
     Returns:
-        The parameters' names; None for all.
+        Those chosen; None for all.
 
     Raises:
         UnsupportedError: where `chosen_names` raises.
     """
     try:
-        return chosen_names(layers, state.params)
+        return chosen_names(layers, params)
     except ValueError as error:
         raise UnsupportedError(str(error)) from None
 
@@ -111,24 +116,23 @@ def layers_to_json(layers: Layers) -> dict[str, Any]:
     return {"layers": [layers] if isinstance(layers, str) else list(layers)}
 
 
-def with_names(estimator: _E, params: Mapping[str, Tensor]) -> _E:
+def with_names(estimator: _E, params: Sequence[str]) -> _E:
     """Turn a predicate into the names it chooses, which can be written down and sent elsewhere.
 
     Args:
-        estimator: with an attribute ``layers``.
-        params: the parameters that the optimiser updates, by name.
+        estimator: whose ``layers`` it is.
+        params: the names of the trained parameters.
 
     Returns:
         The estimator, or a copy of it with names instead.
 
     Raises:
-        ValueError: see `chosen_names`.
+        UnsupportedError: where `chosen_names` raises.
     """
-    layers = getattr(estimator, "layers")  # noqa: B009 - estimators of the user's own have none
-    if not callable(layers):
+    if not callable(estimator.layers):
         return estimator
-    explicit: Any = copy.copy(estimator)
-    explicit.layers = tuple(glob.escape(name) for name in chosen_names(layers, params) or ())
+    explicit = copy.copy(estimator)
+    explicit.layers = [glob.escape(name) for name in followed(estimator.layers, params) or ()]
     return explicit
 
 
@@ -138,7 +142,7 @@ def _matches(pattern: str, name: str) -> bool:
     return any(fnmatchcase(".".join(parts[:n]), pattern) for n in range(1, len(parts) + 1))
 
 
-def _among(params: Mapping[str, Tensor]) -> str:
+def _among(params: Sequence[str]) -> str:
     modules = dict.fromkeys(name.rpartition(".")[0] or name for name in params)
     shown = ", ".join(list(modules)[:12]) + (", …" if len(modules) > 12 else "")
-    return f"parameter that the optimiser updates. They are in: {shown}."
+    return f"parameter that is trained. They are in: {shown}."

@@ -13,6 +13,7 @@ from lightning_accie.errors import first_line
 from lightning_accie.estimators.base import Replay
 from lightning_accie.estimators.chunks import chunk_size
 from lightning_accie.estimators.layers import Layers, followed
+from lightning_accie.estimators.sgd_ie import SgdIE
 from lightning_accie.replay.part import part_of
 from lightning_accie.replay.state import Params, stack, zeros_like
 from lightning_accie.replay.step import TANGENTS
@@ -211,12 +212,12 @@ class Walk:
     seconds: float
 
 
-def measure_walk(replay: Replay, layers: Layers = None) -> Walk:
-    """Measure SGD-IE's backward walk, by its first step.
+def measure_walk(replay: Replay, estimator: SgdIE) -> Walk:
+    """Measure a backward walk, by the run's first step.
 
     Args:
         replay: the run.
-        layers: those that it would follow.
+        estimator: whose walk it is.
 
     Returns:
         What it takes.
@@ -224,10 +225,10 @@ def measure_walk(replay: Replay, layers: Layers = None) -> Walk:
     walker = replay.walker
     steps, passes = len(walker), walker.passes()
     visit = next(walker.forwards())
-    part = part_of(visit, followed(layers, visit.state))
+    part = part_of(visit, followed(estimator.layers, visit.trainable))
     still = {name: torch.zeros_like(part.state.params[name]) for name in part.map.used}
     cotangent = zeros_like(part.map.update(part.state, still))
-    back = _best_of(lambda: part.map.vjp(part.state, cotangent))
+    back = _best_of(lambda: estimator.pull(part, cotangent))
     forward = _best_of(lambda: walker.again(visit))
     return Walk(steps, passes, walker.held_bytes(), steps * (passes * forward + back))
 
@@ -245,7 +246,7 @@ def measure_prices(replay: Replay, layers: Layers = None) -> Prices:
     visit: Visit = next(replay.walker.forwards())
     size = min(_ROWS, len(replay.samples), chunk_size(replay, 10))
     removed = replay.samples[:size]
-    part = part_of(visit, followed(layers, visit.state))
+    part = part_of(visit, followed(layers, visit.trainable))
     tangents = zeros_like(part.state, batch=size)
     states = stack(visit.state, size).map(torch.clone)
     whole_run = len(replay.walker) / size

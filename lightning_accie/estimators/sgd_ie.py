@@ -156,18 +156,17 @@ class SgdIE(Estimator):
             finite or larger than what the whole run did to the query, which is no small change any
             more.
         """
-        explicit = with_names(self, replay.final.state.params)
+        explicit = with_names(self, replay.trainable)
         if explicit is not self:
             return explicit.estimate(replay)
-        names = followed(self.layers, replay.final.state)
+        names = followed(self.layers, replay.trainable)
         walk = self._resumed(replay, names) or self._begun(replay, names)
         keep = Regularly(KEEP_EVERY)
         with replay.progress.task(self._description(), walk.step) as advance:
             for visit in replay.walker.backwards(before=walk.step):
                 part = part_of(visit, names)
-                pull = part.map.vjp if self.curvature else part.map.vjp_without_curvature
-                walk.cotangent, by_weight = pull(part.state, walk.cotangent)
-                walk.influence.index_add_(0, visit.map.samples, -by_weight.double().cpu())
+                walk.cotangent, by_weight = self.pull(part, walk.cotangent)
+                walk.influence.index_add_(0, part.map.samples, -by_weight.double().cpu())
                 walk.step = visit.step
                 keep(lambda: replay.kept.replace(self.key, walk.tensors()))
                 advance(1)
@@ -177,6 +176,19 @@ class SgdIE(Estimator):
         if self.curvature:  # without it sizes mean little
             trusted &= no_larger_than_the_run(replay, values)
         return Estimate(self.name, replay.samples, values, trusted)
+
+    def pull(self, visit: Visit, cotangent: State) -> tuple[State, Tensor]:
+        """Pull λ_{t+1} back through one step.
+
+        Args:
+            visit: the step.
+            cotangent: λ_{t+1}.
+
+        Returns:
+            λ_t and γ_t.
+        """
+        step = visit.map
+        return (step.vjp if self.curvature else step.vjp_without_curvature)(visit.state, cotangent)
 
     def _resumed(self, replay: Replay, names: Collection[str] | None) -> _Walk | None:
         """Where an earlier analysis was when it was killed."""
@@ -190,7 +202,7 @@ class SgdIE(Estimator):
 
     def probe(self, visit: Visit) -> None:
         """Pull a cotangent back through one step."""
-        visit = part_of(visit, followed(self.layers, visit.state))
+        visit = part_of(visit, followed(self.layers, visit.trainable))
         still = {name: torch.zeros_like(visit.state.params[name]) for name in visit.map.used}
         cotangent = visit.map.update(visit.state, still).map(torch.ones_like)
         if self.curvature:

@@ -85,6 +85,8 @@ def part_of(visit: Visit, names: Collection[str] | None) -> Visit:
     whole, state = visit.map, visit.state
     chosen = state.only(names)
     rest = {name: value for name, value in state.params.items() if name not in chosen.params}
+    used = tuple(name for name in whole.used if name in chosen.params)
+    losses = whole.losses if used or state.statistics else ()  # else nothing changes at this step
     update = whole.update
     if update.clip is not None and update.clip.algorithm == "norm":  # the norm is that of all
         gradient = whole.plain_gradient()
@@ -92,8 +94,8 @@ def part_of(visit: Visit, names: Collection[str] | None) -> Visit:
         update = replace(update, clip=clip)
     step: StepMap = replace(
         whole,
-        losses=[PartLoss(loss, rest) for loss in whole.losses],
+        losses=[PartLoss(loss, rest) for loss in losses],
         update=update,
-        used=tuple(name for name in whole.used if name in chosen.params),
+        used=used,
     )
     return replace(visit, map=step, snapshot=replace(visit.snapshot, state=chosen))

@@ -282,7 +282,7 @@ class StepMap:
         shift: Params,
     ) -> None:
         """Add -g_k to ``shift``, and -H_kΔ_k times a factor into ``curved``, at some rows."""
-        if not len(rows):
+        if not len(rows) or not self.used:
             return
         if factors is None:
             first = self.removed_gradients(state.params, removed[rows])

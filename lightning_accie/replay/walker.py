@@ -61,8 +61,10 @@ class Visit:
 
     map: StepMap
     snapshot: Snapshot
-    epoch: int = 0
+    epoch: int
     """The epoch whose batches it took."""
+    trainable: tuple[str, ...]
+    """The names of the parameters that the run trains."""
 
     @property
     def step(self) -> int:
@@ -306,6 +308,7 @@ class Walker:
             ),
             snapshot,
             step.micro_batches[0].epoch if step.micro_batches else 0,
+            self.program.trainable,
         )
         state = state._replace(statistics=self.program.statistics.of(ran.buffers))
         following = Snapshot(snapshot.step + 1, state, counts, ran.buffers, ran.random)

@@ -21,7 +21,7 @@ from lightning_accie.estimators.layers import chosen_names
 from lightning_accie.estimators.measure import Prices
 from tests.problems import Classifier, Regressor, adam, classification, record, regression, sgd
 from tests.problems import smooth_net as net_of_two
-from tests.truth import mean_loss, recorded_batches
+from tests.truth import central_difference, mean_loss, recorded_batches
 
 HEAD = "net.2"
 CLIPS: dict[str, dict[str, Any]] = {
@@ -88,12 +88,8 @@ def test_layers_of_sgd_ie_is_the_derivative_of_training_them(
         twin = retrain_head(start, data, batches, configure, weights, clip=CLIPS[clip])
         return mean_loss(twin, val.tensors)
 
-    h = 1e-5
     for j in (0, 7, 19):
-        up, down = torch.ones(20).double(), torch.ones(20).double()
-        up[j] += h
-        down[j] -= h
-        slope = (query(up) - query(down)) / (2 * h)
+        slope = central_difference(query, 20, j)
         assert float(found[j]) == pytest.approx(-slope, rel=2e-5, abs=1e-9)
     whole = SgdIE().estimate(replay).influence
     assert float((whole - found).norm() / whole.norm()) > 1e-2
@@ -142,6 +138,70 @@ def test_layers_that_never_move_make_no_difference(
         for layers in (HEAD, lambda name: name.startswith("net.2")):
             found = kind(layers=layers).estimate(replay).influence
             torch.testing.assert_close(found, whole, rtol=1e-10, atol=1e-14)
+
+
+class TwoHeads(Classifier):
+    """Every second step trains the other head."""
+
+    def __init__(self, configure: Any) -> None:
+        super().__init__(net_of_two(), configure)
+        self.heads = nn.ModuleList(nn.Linear(3, 3).double() for _ in range(2))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        return self.loss(self.heads[batch_idx % 2](self.net(x)), y)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        x, y = batch
+        self.log("val_loss", self.loss(self.heads[0](self.net(x)), y))
+
+
+@pytest.mark.parametrize("optimiser", ["momentum", "adam"])
+def test_layers_that_some_steps_do_not_train(tmp_path: Path, optimiser: str) -> None:
+    """By every way; a trunk that stays still makes the head's the whole influence."""
+    configure = {"momentum": sgd(momentum=0.9), "adam": adam()}[optimiser]
+
+    class StillTrunk(TwoHeads):
+        def configure_optimizers(self) -> Any:
+            trunk, heads = self.net.parameters(), self.heads.parameters()
+            return configure([{"params": list(trunk), "lr": 0.0}, {"params": list(heads)}])
+
+    data, val = classification(20), classification(11, seed=3)
+    replay = record(tmp_path, StillTrunk(configure), data, val).replay("val_loss")
+    for kind in (SgdIE, TracIn, AccSgdIE):
+        whole = kind().estimate(replay).influence
+        assert float(whole.abs().max()) > 1e-4
+        for tangents, product in (
+            ("vectorized", "double-backward"),
+            ("one-by-one", "reverse-over-forward"),
+            ("double-backward", "double-backward"),
+        ):
+            replay.walker.tangents, replay.walker.product = tangents, product
+            found = kind(layers="heads.0").estimate(replay).influence
+            torch.testing.assert_close(found, whole, rtol=1e-9, atol=1e-14)
+            other = kind(layers="heads.1").estimate(replay).influence
+            assert float(other.abs().max()) < 1e-15  # the query does not see it
+
+
+def test_layers_without_running_statistics_of_their_own(tmp_path: Path) -> None:
+    """What BatchNorm keeps is followed at every step, also where none of the layers is trained."""
+
+    class Normalised(TwoHeads):
+        def __init__(self, configure: Any) -> None:
+            super().__init__(configure)
+            self.net = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)).double()
+
+    data, val = classification(20), classification(11, seed=3)
+    replay = record(tmp_path, Normalised(sgd(momentum=0.9)), data, val).replay("val_loss")
+    found = []
+    for way in ("vectorized", "double-backward"):
+        replay.walker.tangents = way
+        found.append(AccSgdIE(layers="heads.0").estimate(replay).influence)
+    first = SgdIE(layers="heads.0").estimate(replay).influence
+    assert float(first.abs().max()) > 1e-4
+    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-14)
+    uncorrected = AccSgdIE(query="linear", layers="heads.0", correction_steps=(0, 0))
+    torch.testing.assert_close(uncorrected.estimate(replay).influence, first, rtol=1e-9, atol=1e-14)
 
 
 @pytest.fixture(scope="module")
@@ -257,10 +317,7 @@ def test_all_at_once_by_every_way_to_the_tangents(tmp_path: Path) -> None:
 
 
 def test_the_layers_that_are_named_are_the_ones_followed() -> None:
-    params = dict.fromkeys(
-        ["trunk.0.weight", "trunk.0.bias", "trunk.10.weight", "head.weight", "scale"],
-        torch.zeros(1),
-    )
+    params = ["trunk.0.weight", "trunk.0.bias", "trunk.10.weight", "head.weight", "scale"]
     assert chosen_names(None, params) is None
     for layers, wanted in {
         "head": ["head.weight"],
@@ -291,7 +348,20 @@ def test_what_cannot_be_is_refused_at_fit_start(tmp_path: Path) -> None:
                 val,
                 callback={"estimator": estimator},
             )
+    frozen = net_of_two()
+    frozen[0].requires_grad_(False)
+    with pytest.raises(UnsupportedError, match=r"'net\.0'.* no parameter that is trained.*net\.2"):
+        record(
+            tmp_path,
+            Classifier(frozen, sgd()),
+            data,
+            val,
+            callback={"estimator": SgdIE("net.0")},
+        )
     net = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)).double()
+    plain = record(tmp_path / "plain", Classifier(copy.deepcopy(net), sgd()), data, val)
+    with pytest.raises(UnsupportedError, match=r"every_k_steps.*net\.1\.running"):
+        AccSgdIE(every_k_steps=2).estimate(plain.replay("val_loss"))
     with pytest.raises(UnsupportedError, match=r"every_k_steps.*net\.1\.running"):
         record(
             tmp_path,
