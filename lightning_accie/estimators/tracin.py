@@ -13,7 +13,7 @@ from lightning_accie.estimators.sgd_ie import SgdIE
 
 
 class TracIn(SgdIE):
-    """SGD-IE without curvature: the cheapest rank of every sample, and the least faithful."""
+    """SGD-IE without curvature: a rank of every sample, the least faithful. A baseline."""
 
     name = "tracin"
     curvature = False
