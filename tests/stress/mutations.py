@@ -355,8 +355,8 @@ MUTATIONS = [
     Mutation(
         "SGD-IE: a sample twice in a batch counts once",
         "estimators/sgd_ie.py",
-        "influence.index_add_(0, visit.map.samples, -by_weight.double().cpu())",
-        "influence[visit.map.samples] -= by_weight.double().cpu()",
+        "walk.influence.index_add_(0, part.map.samples, -by_weight.double().cpu())",
+        "walk.influence[part.map.samples] -= by_weight.double().cpu()",
         "tests/test_loaders.py",
     ),
     Mutation(
