@@ -21,6 +21,7 @@ from lightning_accie.estimators import (
     SgdIE,
     TracIn,
 )
+from lightning_accie.explanation import Explanation
 from lightning_accie.replay.update_rules import UpdateRule, register_update_rule
 from lightning_accie.scores import InfluenceScores
 from lightning_accie.trajectory.reader import Trajectory
@@ -32,6 +33,7 @@ __all__ = [
     "Agreement",
     "DescribeError",
     "Estimator",
+    "Explanation",
     "InfluenceCallback",
     "InfluenceEngine",
     "InfluenceError",

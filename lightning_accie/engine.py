@@ -25,6 +25,8 @@ from lightning_accie.estimators.base import Alone, NoProgress, Progress, Replay
 from lightning_accie.estimators.layers import Layers, layers_to_json
 from lightning_accie.estimators.losses import training_losses
 from lightning_accie.estimators.measure import Ladder, choose_ways
+from lightning_accie.estimators.per_query import check_per_query
+from lightning_accie.explanation import Explanation, explain, one_by_one
 from lightning_accie.launch import launch
 from lightning_accie.matching import check_module, check_sizes, why_not_finite
 from lightning_accie.processes import Processes
@@ -367,6 +369,79 @@ class InfluenceEngine:
                 ranking.run(chosen, top_k=top_k, verify=verify)
                 kept.write() if ranking.interrupted else kept.remove()
         return self._scores(replay, ranking, columns, value, estimator, layers, at, ladder)
+
+    def explain(
+        self,
+        batch: Any,
+        query: str | QueryFunction | None = None,
+        estimator: str | Estimator = "sgd-ie",
+        *,
+        layers: Layers = None,
+        at: At = "last",
+        verify: int = 20,
+        seed: int = 0,
+        describe: Describe | None = None,
+    ) -> Explanation:
+        """Find the training samples that made single predictions.
+
+        Every sample of ``batch`` is a query of its own. SGD-IE and TracIn walk the run once for a block
+        of queries; ACC-SGD-IE and exact replay carry each training sample once, whatever the number of
+        queries. It is computed by this process alone.
+
+        Args:
+            batch: as ``validation_step`` takes it; or a DataLoader, whose batches are the queries.
+            query: a name that ``validation_step`` logs, or ``callable(module, batch) -> scalar``, of a
+                batch of one sample; lower must be better. Default: what the trajectory was recorded
+                for.
+            estimator: ``"sgd-ie"``, ``"tracin"``, ``"acc-sgd-ie"``, ``"leave-one-out"``, or one of
+                these with settings.
+            layers: whose change the estimates follow; see `InfluenceCallback`.
+            at: where the run ends; see `estimate`.
+            verify: how many samples to replay exactly, half of them the strongest, half at random;
+                every replay answers all queries. 0 for none.
+            seed: of the random choice of samples to verify.
+            describe: ``callable(sample) -> dict``: the user's own columns of training samples.
+
+        Returns:
+            ``[queries, samples]`` influences.
+
+        Raises:
+            DescribeError: if ``describe`` fails.
+            QueryError: if the query is not found or cannot be differentiated, or ``batch`` cannot be
+                taken apart.
+            ReplayMismatchError: if the replay departs from the recorded run.
+            UnsupportedError: if the estimator answers one query at a time, or ``layers`` names no
+                parameter.
+            ValueError: if an argument has a wrong type or value.
+        """
+        check_engine_arguments(
+            query=query,
+            estimator=estimator,
+            layers=layers,
+            verify=verify,
+            seed=seed,
+            describe=describe,
+        )
+        chosen = resolve_estimator(estimator, layers)
+        if chosen is None:
+            raise ValueError(
+                '`explain` has no estimator="auto": "sgd-ie" with `verify=` is nearest to it.'
+            )
+        check_per_query(chosen)
+        batches = one_by_one(batch)
+        with random_state.isolated(self._cuda), torch.compiler.set_stance("force_eager"):
+            replay = self._replay(query, batches, at)
+            choose_ways(replay)
+            check_derivatives(chosen.probe, next(replay.walker.forwards()))
+            columns = self._columns(replay, describe, loss_column=False)
+            assert isinstance(replay.query, ModuleQuery)
+            queries = replay.query.each()
+            if not queries:
+                raise QueryError("The DataLoader given to `explain` has no batch.")
+            found = explain(replay, queries, chosen, verify=verify, seed=seed)
+        places = replay.positions(found.index).tolist()
+        own = {name: [column[i] for i in places] for name, column in columns.items()}
+        return replace(found, columns=own)
 
     # ------------------------------------------------------------------ several processes
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -127,6 +128,19 @@ class ModuleQuery:
         return twin
 
     # ------------------------------------------------------------------ the query
+
+    def each(self) -> list[ModuleQuery]:
+        """Make a query of every batch.
+
+        Returns:
+            Queries on one batch each, which share the module.
+        """
+        return [self._on(place) for place in list(self._places())]
+
+    def _on(self, place: _Place) -> ModuleQuery:
+        one = copy(self)
+        one._kept = [place]
+        return one
 
     def value(self, params: Params) -> float:
         """q(θ).

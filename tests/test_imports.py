@@ -21,6 +21,7 @@ ORDER = (
     ("estimators",),
     ("ranking", "scores_files", "unfinished"),
     ("scores",),
+    ("explanation",),
     ("progress", "reports", "described", "crew", "launch"),
     ("capture", "arguments"),
     ("matching",),

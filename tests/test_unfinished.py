@@ -88,12 +88,12 @@ def test_exact_replays_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     engine = engine_in(tmp_path)
     whole = engine.estimate(estimator="leave-one-out")
     assert not folder(engine).exists()
-    seen = fails_after(monkeypatch, LeaveOneOut, "work", 3, FaultError())
+    seen = fails_after(monkeypatch, LeaveOneOut, "carry", 3, FaultError())
     with pytest.raises(FaultError):
         engine.estimate(estimator="leave-one-out")
     assert len(list(folder(engine).glob("*/*.safetensors"))) == 3
     same(engine.estimate(estimator="leave-one-out"), whole)
-    assert [len(samples) for _, samples, _ in seen] == [CHUNK, 4]  # 24 samples, 15 were done
+    assert [len(samples) for _, samples, *_ in seen] == [CHUNK, 4]  # 24 samples, 15 were done
     assert not folder(engine).exists()
 
 
@@ -101,7 +101,7 @@ def test_exact_replays_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_acc_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, query: str) -> None:
     engine = engine_in(tmp_path)
     whole = engine.estimate(estimator=AccSgdIE(query=query), verify=0)
-    seen = fails_after(monkeypatch, AccSgdIE, "_carry", 2, FaultError())
+    seen = fails_after(monkeypatch, AccSgdIE, "carry", 2, FaultError())
     with pytest.raises(FaultError):
         engine.estimate(estimator=AccSgdIE(query=query), verify=0)
     # Other settings give other figures: nothing of these is used.
@@ -150,14 +150,14 @@ def test_an_automatic_ranking_goes_on_after_ctrl_c(
     whole = engine.estimate(verify=8, top_k=5)
     walked: list[Any] = []
     monkeypatch.setattr(SgdIE, "_begun", _noted(SgdIE._begun, walked))
-    seen = fails_after(monkeypatch, LeaveOneOut, "work", 1, KeyboardInterrupt())
+    seen = fails_after(monkeypatch, LeaveOneOut, "carry", 1, KeyboardInterrupt())
     assert engine.estimate(verify=8, top_k=5).info["interrupted"]
     assert len(walked) == 1
     found = engine.estimate(verify=8, top_k=5)
     assert not found.info["interrupted"]
     same(found, whole)
     assert len(walked) == 1  # the backward walk was not made again
-    assert sum(len(samples) for _, samples, _ in seen) == whole.replayed - CHUNK
+    assert sum(len(samples) for _, samples, *_ in seen) == whole.replayed - CHUNK
     assert not folder(engine).exists()
 
 
@@ -207,7 +207,7 @@ def test_a_killed_process_leaves_what_it_has_finished(
         progress=False,
     )
     seen: list[Any] = []
-    monkeypatch.setattr(LeaveOneOut, "work", _noted(LeaveOneOut.work, seen))
+    monkeypatch.setattr(LeaveOneOut, "carry", _noted(LeaveOneOut.work, seen))
     scores = engine.estimate(estimator="leave-one-out")
     assert len(seen) == 3  # of five
     same(engine.estimate(estimator="leave-one-out", resume=False), scores)
@@ -218,7 +218,7 @@ def test_a_killed_process_leaves_what_it_has_finished(
 
 def left(engine: InfluenceEngine, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Let an analysis of exact replays break off after three of its five chunks."""
-    seen = fails_after(monkeypatch, LeaveOneOut, "work", 3, FaultError())
+    seen = fails_after(monkeypatch, LeaveOneOut, "carry", 3, FaultError())
     with pytest.raises(FaultError):
         engine.estimate(estimator="leave-one-out")
     return seen
@@ -270,7 +270,7 @@ def test_a_damaged_file_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.warns(UserWarning, match="of an earlier analysis, is left out") as caught:
         same(engine.estimate(estimator="leave-one-out"), whole)
     assert len(caught) == 2
-    assert sum(len(samples) for _, samples, _ in seen) >= 24 - CHUNK
+    assert sum(len(samples) for _, samples, *_ in seen) >= 24 - CHUNK
 
 
 # ---------------------------------------------------------------------- the disk
@@ -310,9 +310,9 @@ def test_fit_end_analyses_leave_theirs_too(tmp_path: Path, monkeypatch: pytest.M
     influence = InfluenceCallback(dirpath=tmp_path, console=False, estimator="leave-one-out")
     train = DataLoader(classification(24), batch_size=6, shuffle=True)
     valid = DataLoader(classification(11, seed=3), batch_size=7)
-    seen = fails_after(monkeypatch, LeaveOneOut, "work", 2, KeyboardInterrupt())
+    seen = fails_after(monkeypatch, LeaveOneOut, "carry", 2, KeyboardInterrupt())
     with pytest.warns(UserWarning, match="was interrupted"):
         quiet_trainer(tmp_path, callbacks=[influence]).fit(module, train, valid)
     engine = InfluenceEngine(tmp_path, module, train, val_dataloaders=valid, progress=False)
     assert len(engine.estimate(estimator="leave-one-out")) == 24
-    assert [len(samples) for _, samples, _ in seen] == [CHUNK, CHUNK, 4]
+    assert [len(samples) for _, samples, *_ in seen] == [CHUNK, CHUNK, 4]

@@ -116,7 +116,7 @@ class AccSgdIE(ChunkedEstimator):
         Args:
             replay: the run and the query.
             samples: ``[k]`` sample numbers.
-            figures: what `work` found.
+            figures: what `measure` found.
 
         Returns:
             The influences; ``extras`` holds both forms of the query (``"evaluated"`` only where asked
@@ -140,19 +140,6 @@ class AccSgdIE(ChunkedEstimator):
             The parameters that ``layers=`` names, with what the optimiser keeps for them.
         """
         return replay.final.state.only(followed(self.layers, replay.trainable))
-
-    def work(self, replay: Replay, samples: Tensor, advance: Advance) -> dict[str, Tensor]:
-        """Carry Δ_j along the run for every sample of a chunk.
-
-        Args:
-            replay: the run and the query.
-            samples: ``[c]`` sample numbers, by the step that first drew them.
-            advance: called with 1 at each step.
-
-        Returns:
-            The influences and ``"relative_change"``.
-        """
-        return self._measure(replay, self._carry(replay, samples, advance))
 
     def probe(self, visit: Visit) -> None:
         """Carry one tangent along one step.
@@ -184,15 +171,24 @@ class AccSgdIE(ChunkedEstimator):
             )
         return part_of(visit, names)
 
-    def _carry(self, replay: Replay, samples: Tensor, advance: Advance) -> State:
-        """Δ_j at the end of the run, ``[c, …]``, for one chunk (ordered by first visit)."""
-        first = replay.first[replay.positions(samples)]
+    def carry(self, replay: Replay, removed: Tensor, first: Tensor, advance: Advance) -> State:
+        """Carry Δ_j along the run for every sample, or set of samples, of a chunk.
+
+        Args:
+            replay: the run.
+            removed: ``[c]`` sample numbers, or ``[c, n]`` bool, by the step that first draws of it.
+            first: ``[c]`` that step.
+            advance: called with 1 at each step.
+
+        Returns:
+            Δ_j at the end of the run, ``[c, …]``.
+        """
         names, total = followed(self.layers, replay.trainable), len(replay.walker)
         tangents: State | None = None
         for visit in replay.walker.forwards():
             begun = int((first <= visit.step).sum())  # Δ_j = 0 before j's first visit
             if begun:
-                part, drawn = self._part(visit, names), samples[:begun]
+                part, drawn = self._part(visit, names), removed[:begun]
                 tangents = _grown(tangents, part.state, begun)
                 tangents = part.map.push(
                     part.state,
@@ -205,14 +201,22 @@ class AccSgdIE(ChunkedEstimator):
         assert tangents is not None
         return tangents
 
-    def _measure(self, replay: Replay, tangents: State) -> dict[str, Tensor]:
-        """The influences and the relative size of the change, ``[c]`` each."""
+    def measure(self, replay: Replay, carried: State) -> dict[str, Tensor]:
+        """Measure q by its slope, and where it is to be evaluated at θ_T + Δ_j.
+
+        Args:
+            replay: the run and the query.
+            carried: Δ_j.
+
+        Returns:
+            The influences and ``"relative_change"``.
+        """
         params, at = replay.final.state.params, replay.final.state.visible
-        gradient, along = replay.query.gradient(at), tangents.visible
+        gradient, along = replay.query.gradient(at), carried.visible
         scale = float(dot(params, params).sqrt())
         figures = {
             "linear": dot(along, {name: gradient[name] for name in along}).cpu(),
-            "relative_change": (_norms(tangents) / max(scale, 1e-30)).cpu(),
+            "relative_change": (_norms(carried) / max(scale, 1e-30)).cpu(),
         }
         if self.query == "evaluated":
             moved = {name: at[name] + value for name, value in along.items()}

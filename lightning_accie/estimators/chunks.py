@@ -85,16 +85,30 @@ class ChunkedEstimator(Estimator):
         return {"candidates": candidates_to_json(self.candidates)}
 
     @abstractmethod
-    def work(self, replay: Replay, samples: Tensor, advance: Advance) -> Mapping[str, Tensor]:
-        """Find the figures of one chunk.
+    def carry(self, replay: Replay, removed: Tensor, first: Tensor, advance: Advance) -> State:
+        """Carry counterfactuals along the run.
 
         Args:
-            replay: the run.
-            samples: ``[c]`` sample numbers, by the step that first drew them.
+            replay: the run; its query does not matter.
+            removed: what each leaves out, ordered by the step that first draws of it: ``[c]`` sample
+                numbers, or ``[c, n]`` bool over all sample numbers.
+            first: ``[c]`` that step.
             advance: to be called with 1 at each step of the run.
 
         Returns:
-            ``[c]`` figures by name.
+            What there is of them at the end of the run, stacked.
+        """
+
+    @abstractmethod
+    def measure(self, replay: Replay, carried: State) -> dict[str, Tensor]:
+        """Measure the query of counterfactuals.
+
+        Args:
+            replay: the run and the query.
+            carried: what `carry` gave.
+
+        Returns:
+            ``[c]`` float64 figures by name.
         """
 
     @abstractmethod
@@ -104,7 +118,7 @@ class ChunkedEstimator(Estimator):
         Args:
             replay: the run.
             samples: ``[k]`` sample numbers, ascending.
-            figures: what `work` found, ``[k]`` float64 by name; empty where k is 0.
+            figures: what `measure` found, ``[k]`` float64 by name; empty where k is 0.
 
         Returns:
             The estimate of these samples.
@@ -138,7 +152,7 @@ class ChunkedEstimator(Estimator):
     def _all_found(self, replay: Replay, samples: Tensor, collected: Collected) -> bool:
         """Find the figures of samples, unless Ctrl-C is pressed."""
         team = replay.team
-        mine = team.begin(replay, self, self._split(replay, samples))
+        mine = team.begin(replay, self, self.split(replay, samples))
         title, total = self.title.format(len(samples)), len(mine) * len(replay.walker)
         finished = True
         try:
@@ -157,14 +171,15 @@ class ChunkedEstimator(Estimator):
         """Do the work of one chunk, and keep it.
 
         Args:
-            replay: see `work`.
-            samples: see `work`.
-            advance: see `work`.
+            replay: the run and the query.
+            samples: ``[c]`` sample numbers, by the step that first drew them.
+            advance: called with 1 at each step of the run.
 
         Returns:
-            What `work` gave.
+            What `measure` gave.
         """
-        figures = dict(self.work(replay, samples, advance))
+        first = replay.first[replay.positions(samples)]
+        figures = self.measure(replay, self.carry(replay, samples, first, advance))
         replay.kept.add(self.key, {"samples": samples, **figures})
         return figures
 
@@ -179,8 +194,16 @@ class ChunkedEstimator(Estimator):
         """
         return replay.final.state
 
-    def _split(self, replay: Replay, samples: Tensor) -> tuple[Tensor, ...]:
-        """Chunks that fit the memory budget, by first draw; one a process at least."""
+    def split(self, replay: Replay, samples: Tensor) -> tuple[Tensor, ...]:
+        """Make chunks that fit the memory budget, one a process at least.
+
+        Args:
+            replay: the run.
+            samples: ``[k]`` sample numbers.
+
+        Returns:
+            The chunks, by the step that first drew their samples.
+        """
         order = torch.argsort(replay.first[replay.positions(samples)], stable=True)
         share = -(-len(samples) // replay.team.size)
         size = chunk_size(replay, self.copies, self.carried(replay))

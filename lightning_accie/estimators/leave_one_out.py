@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lightning_accie.estimators.base import Advance, Estimate, Replay
 from lightning_accie.estimators.chunks import ChunkedEstimator
-from lightning_accie.replay.state import stack
+from lightning_accie.replay.state import State, stack
 from lightning_accie.replay.walker import Visit
 
 _NOTHING = torch.tensor([-1])
@@ -43,7 +43,7 @@ class LeaveOneOut(ChunkedEstimator):
         Args:
             replay: the run and the query.
             samples: ``[k]`` sample numbers.
-            figures: what `work` found.
+            figures: what `measure` found.
 
         Returns:
             Exact influences; ``noise`` is their rounding error.
@@ -60,20 +60,21 @@ class LeaveOneOut(ChunkedEstimator):
         if len(removed):
             replace(visit.map, vectorize=False).advance_many(stack(visit.state, 1), removed)
 
-    def work(self, replay: Replay, samples: Tensor, advance: Advance) -> dict[str, Tensor]:
-        """Replay the run once without each sample of a chunk.
+    def carry(self, replay: Replay, removed: Tensor, first: Tensor, advance: Advance) -> State:
+        """Replay the run once without each sample, or set of samples, of a chunk.
 
         Args:
-            replay: the run and the query.
-            samples: ``[c]`` sample numbers.
+            replay: the run.
+            removed: ``[c]`` sample numbers, or ``[c, n]`` bool.
+            first: ``[c]`` the step that first draws of it.
             advance: called with 1 at each step.
 
         Returns:
-            ``"without"``, q(θ^{-j}_T), and ``"everything"``, q(θ_T) as the row that leaves out nothing
-            has it.
+            The c states after the run, and one more of the run that leaves out nothing.
         """
-        removed = torch.cat([samples, _NOTHING])
-        begin = int(replay.first[replay.positions(samples)].min())
+        nothing = torch.zeros_like(removed[:1]) if removed.dim() > 1 else _NOTHING
+        removed = torch.cat([removed, nothing])
+        begin = int(first.min())
         states = None
         for visit in replay.walker.forwards():
             if visit.step >= begin:
@@ -82,8 +83,21 @@ class LeaveOneOut(ChunkedEstimator):
                 states = visit.map.advance_many(states, removed)
             advance(1)
         assert states is not None
-        values = replay.query.values(states.visible)
-        return {"without": values[:-1], "everything": values[-1].expand(len(samples))}
+        return states
+
+    def measure(self, replay: Replay, carried: State) -> dict[str, Tensor]:
+        """Evaluate the query.
+
+        Args:
+            replay: the query.
+            carried: what `carry` gave.
+
+        Returns:
+            ``"without"``, q(θ^{-j}_T), and ``"everything"``, q(θ_T) as the row that leaves out nothing
+            has it.
+        """
+        values = replay.query.values(carried.visible)
+        return {"without": values[:-1], "everything": values[-1].expand(len(values) - 1)}
 
 
 def _noise(replay: Replay, everything: Tensor) -> float:

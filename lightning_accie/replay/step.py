@@ -19,7 +19,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from functools import partial, reduce
 from operator import add
 from typing import Any, Protocol
@@ -31,14 +32,12 @@ from torch.utils import _pytree as pytree
 
 from lightning_accie.replay import plain_autograd
 from lightning_accie.replay.state import Params, State, unflatten_like
-from lightning_accie.replay.tape import Bound, Tape
+from lightning_accie.replay.tape import Bound, Pulled, Tape
 from lightning_accie.replay.update import Update
 
 TANGENTS = ("vectorized", "one-by-one", "double-backward")
 """The ways to many Hessian products at once: forward mode side by side, forward mode one by one, and
 backwards twice; the first that a module's operators allow is the cheapest."""
-_Pulled = tuple[Params, Tensor, Params]
-"""Of a micro-batch: Hμ + (∂b'/∂θ)ᵀν, γ, and (∂b'/∂b)ᵀν."""
 _SHARED_PRIMAL: Any = (None, 0)
 """`vmap`'s output dimensions of (one value for all, one tangent each)."""
 
@@ -127,15 +126,22 @@ class StepMap:
         return torch.cat([loss.ones() for loss in self.losses]) if self.losses else torch.zeros(0)
 
     def removal_weights(self, removed: Tensor) -> Tensor:
-        """The weights that leave out sample ``removed[k]`` in the k-th counterfactual.
+        """The weights that leave out a sample, or a set of them, in the k-th counterfactual.
 
         Args:
-            removed: ``[K]`` int64, sample numbers; a negative number removes nothing.
+            removed: ``[K]`` int64, sample numbers, of which a negative one removes nothing; or
+                ``[K, n]`` bool, which of all n samples.
 
         Returns:
-            ``[K, N]``: 0 where the place holds the removed sample, else 1.
+            ``[K, N]``: 0 where the place holds what is removed, else 1.
         """
-        return self.ones() * (self.samples[None, :] != removed[:, None])
+        return self.ones() * ~self._removes(removed)
+
+    def _removes(self, removed: Tensor) -> Tensor:
+        """Which of the places each counterfactual leaves out, ``[K, N]`` bool."""
+        if removed.dtype == torch.bool:
+            return removed[:, self.samples]
+        return self.samples[None, :] == removed[:, None]
 
     def __call__(self, state: State, weights: Tensor) -> State:
         """F_t(s, w).
@@ -263,7 +269,7 @@ class StepMap:
         shift = curved  # where U is linear, the two go through it as one
         if not self.update.linear:
             shift = {name: torch.zeros_like(value) for name, value in curved.items()}
-        rows = (self.samples[None, :] == removed[:, None]).any(1).nonzero()[:, 0]
+        rows = self._removes(removed).any(1).nonzero()[:, 0]
         factors = torch.ones(len(rows)) if own is None else own[rows]
         self._leave_out(state, tangents, removed, rows[factors == 0], None, curved, shift)
         corrected, factors = rows[factors != 0], factors[factors != 0]
@@ -468,6 +474,53 @@ class StepMap:
         by_weights = torch.cat([gamma for _, gamma, _ in products])
         return State(params, back.slots, products[0][2]), by_weights
 
+    def gradient_for_vjp(self, state: State) -> Params:
+        """The gradient as `vjp` of U needs it.
+
+        Args:
+            state: s_t; the module must be bound to it.
+
+        Returns:
+            The gradient by parameter name; something of its shape where its values do not matter.
+        """
+        if not self.losses:
+            return {}
+        return self._placeholder(state) if self.update.linear else self.plain_gradient()
+
+    def pull_loss(
+        self,
+        loss: MicroLoss,
+        state: State,
+        along: Sequence[tuple[Params, Params]],
+        *,
+        batched: bool,
+    ) -> list[Pulled]:
+        """Pull the cotangents of several queries back through one micro-batch.
+
+        Args:
+            loss: one of ``losses``.
+            state: s_t; the module must be bound to it.
+            along: of each query, μ of the gradient and ν of the running statistics.
+            batched: see `Tape.products`.
+
+        Returns:
+            For each query, what `Tape.product` gives.
+        """
+        if self.product == "double-backward":
+            return self._tape(loss, state.statistics).products(along, batched=batched)
+        return [self._product(loss, state, mu, nu) for mu, nu in along]
+
+    def without_tapes(self) -> StepMap:
+        """The same step, whose graphs are made anew.
+
+        Returns:
+            A copy; the graphs that the walk kept stay for the original.
+        """
+        losses = [copy(loss) for loss in self.losses]
+        for loss in losses:
+            loss.tape = None
+        return replace(self, losses=losses)
+
     def hessian_product(self, state: State, direction: Params) -> Params:
         """Multiply the Hessian of the step's loss, by the way that ``product`` names.
 
@@ -480,9 +533,9 @@ class StepMap:
         """
         return _sum_up([products for products, *_ in self._pulled(state, direction, {})])
 
-    def _pulled(self, state: State, mu: Params, nu: Params) -> list[_Pulled]:
+    def _pulled(self, state: State, mu: Params, nu: Params) -> list[Pulled]:
         """What `_product` gives for every micro-batch; ν goes through them from the last one on."""
-        products: list[_Pulled] = []
+        products: list[Pulled] = []
         for loss in reversed(self.losses):
             products.append(self._product(loss, state, mu, nu))
             nu = products[-1][2]
@@ -526,7 +579,7 @@ class StepMap:
     def _tape(self, loss: MicroLoss, statistics: Params | None = None) -> Tape:
         return loss.tape if loss.tape is not None else Tape.of(loss, self.used, statistics)
 
-    def _product(self, loss: MicroLoss, state: State, mu: Params, nu: Params) -> _Pulled:
+    def _product(self, loss: MicroLoss, state: State, mu: Params, nu: Params) -> Pulled:
         """Of one micro-batch, the gradient of ⟨μ, ∇_θL(θ, w)⟩ + ⟨ν, b'(θ, b)⟩ in θ, w and b."""
         if self.product == "double-backward":
             return self._tape(loss, state.statistics).product(mu, nu)

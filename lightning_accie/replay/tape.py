@@ -42,6 +42,10 @@ class Tapeable(Protocol):
         ...
 
 
+Pulled = tuple[Params, Tensor, Params]
+"""Of a micro-batch: Hμ + (∂b'/∂θ)ᵀν, γ, and (∂b'/∂b)ᵀν."""
+
+
 def saved_bytes(action: Callable[[], object]) -> int:
     """Measure what autograd keeps for the backward pass of a computation.
 
@@ -153,7 +157,7 @@ class Tape:
         """
         return {name: value.detach() for name, value in self.grads.items()}
 
-    def product(self, mu: Params, nu: Params | None = None) -> tuple[Params, Tensor, Params]:
+    def product(self, mu: Params, nu: Params | None = None) -> Pulled:
         """Differentiate ⟨μ, ∇_θ L(θ, w)⟩ + ⟨ν, b'(θ, b)⟩ once more; the graph is used up.
 
         Args:
@@ -164,16 +168,44 @@ class Tape:
             Hμ + (∂b'/∂θ)ᵀν by parameter name; γ ``[B]`` with γ_i = ⟨μ, ∂∇_θL/∂w_i⟩; and
             (∂b'/∂b)ᵀν by name.
         """
+        return self._named(self._pull(*self._along(mu, nu or {})))
+
+    def products(self, along: Sequence[tuple[Params, Params]], *, batched: bool) -> list[Pulled]:
+        """The same for several (μ, ν); the graph is used up.
+
+        Args:
+            along: μ and ν, one pair a query.
+            batched: whether these backward passes run side by side, under `torch.func.vmap`.
+
+        Returns:
+            What `product` gives, for each.
+        """
+        pairs = [self._along(*one) for one in along]
+        if not batched:
+            last = len(pairs) - 1
+            return [
+                self._named(self._pull(*pair, retain_graph=place < last))
+                for place, pair in enumerate(pairs)
+            ]
+        stacked = [torch.stack(values) for values in zip(*(pair[1] for pair in pairs), strict=True)]
+        found = self._pull(pairs[0][0], stacked, is_grads_batched=True)
+        return [self._named([value[place] for value in found]) for place in range(len(pairs))]
+
+    def _along(self, mu: Params, nu: Params) -> tuple[list[Tensor], list[Tensor]]:
+        """What is differentiated, and in which proportions."""
         outputs = [(g, mu[name]) for name, g in self.grads.items() if g.requires_grad]
-        outputs += [(self.followed[name], value) for name, value in (nu or {}).items()]
-        values, along = zip(*outputs, strict=True)
+        outputs += [(self.followed[name], value) for name, value in nu.items()]
+        return [value for value, _ in outputs], [weight for _, weight in outputs]
+
+    def _pull(
+        self, values: Sequence[Tensor], along: Sequence[Tensor], **options: bool
+    ) -> Sequence[Tensor]:
+        inputs = [self.weights, *self.inputs.values(), *self.statistics.values()]
         with self.held():
-            by_weights, *rest = torch.autograd.grad(
-                values,
-                [self.weights, *self.inputs.values(), *self.statistics.values()],
-                along,
-                materialize_grads=True,
-            )
+            return torch.autograd.grad(values, inputs, along, materialize_grads=True, **options)
+
+    def _named(self, found: Sequence[Tensor]) -> Pulled:
+        by_weights, *rest = found
         by_name = dict(zip([*self.inputs, *self.statistics], rest, strict=True))
         before = {name: by_name.pop(name) for name in self.statistics}
         return by_name, by_weights, before

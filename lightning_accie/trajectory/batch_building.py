@@ -46,7 +46,12 @@ class Form:
     def has_samples(self) -> bool:
         """Whether the parts of a single sample are known."""
         single = sum(self.split) <= 1
-        return single and not self.unclear and (any(self.split) or _lists_samples(self._tree))
+        return single and not self.unclear and (any(self.split) or self.lists_samples)
+
+    @property
+    def lists_samples(self) -> bool:
+        """Whether the batch has a list with an entry for each sample."""
+        return _lists_samples(self._tree)
 
     def build(self, groups: Sequence[Sequence[bytes]], device: torch.device) -> Any:
         """Put a batch together.

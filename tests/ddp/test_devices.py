@@ -115,15 +115,15 @@ def test_a_process_that_dies_leaves_what_is_done(
     whole = InfluenceEngine(**given).estimate(estimator="leave-one-out")
     monkeypatch.setattr(unfinished, "WRITE_EVERY", 0.0)
     monkeypatch.setattr(chunks, "chunk_size", lambda *args: 4)  # three chunks for each
-    work, done = LeaveOneOut.work, [0]
+    carry, done = LeaveOneOut.carry, [0]
 
     def dies(*args: Any) -> Any:
         done[0] += 1
         if done[0] == 3 and os.environ.get("LOCAL_RANK") == rank:
             os.kill(os.getpid(), signal.SIGKILL)
-        return work(*args)
+        return carry(*args)
 
-    monkeypatch.setattr(LeaveOneOut, "work", dies)
+    monkeypatch.setattr(LeaveOneOut, "carry", dies)
     with pytest.raises(RuntimeError, match=r"has ended.*call `estimate` again"):
         InfluenceEngine(**given, devices=2).estimate(estimator="leave-one-out")
     kept = list((given["trajectory"] / unfinished.FOLDER).glob("*/*.safetensors"))
@@ -131,10 +131,10 @@ def test_a_process_that_dies_leaves_what_is_done(
 
     seen: list[int] = []
 
-    def noted(self: Any, replay: Any, samples: Tensor, advance: Any) -> Any:
-        seen.extend(samples.tolist())
-        return work(self, replay, samples, advance)
+    def noted(self: Any, replay: Any, removed: Tensor, *args: Any) -> Any:
+        seen.extend(removed.tolist())
+        return carry(self, replay, removed, *args)
 
-    monkeypatch.setattr(LeaveOneOut, "work", noted)
+    monkeypatch.setattr(LeaveOneOut, "carry", noted)
     same(InfluenceEngine(**given).estimate(estimator="leave-one-out"), whole)
     assert len(seen) == 24 - 4 * len(kept)

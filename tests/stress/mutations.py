@@ -304,9 +304,8 @@ MUTATIONS = [
     Mutation(
         "duplicate draws: only the first place of a sample is left out",
         "replay/step.py",
-        "return self.ones() * (self.samples[None, :] != removed[:, None])",
-        "hit = self.samples[None, :] == removed[:, None]\n"
-        "        return self.ones() * ~(hit & (hit.cumsum(1) == 1))",
+        "return self.ones() * ~self._removes(removed)",
+        "hit = self._removes(removed)\n        return self.ones() * ~(hit & (hit.cumsum(1) == 1))",
         "tests/test_loaders.py",
     ),
     Mutation(

@@ -1,0 +1,133 @@
+"""The influence of every sample on each of many queries.
+
+Forward estimators carry what leaving out j does to the weights, which no query enters: every further
+query costs its own evaluation alone. Adjoint ones carry λ of each query back along the run, in blocks
+that share the run's forward passes and the graphs of its gradients.
+
+| symbol | name |
+|---|---|
+| Q | ``len(queries)`` |
+| λ^q_t | ``cotangents`` |
+| influence of i on q | ``[Q, n]`` |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from lightning_accie.errors import UnsupportedError
+from lightning_accie.estimators.base import Estimator, Query, Replay
+from lightning_accie.estimators.chunks import ChunkedEstimator, activation_bytes, choose
+from lightning_accie.estimators.layers import followed, with_names
+from lightning_accie.estimators.sgd_ie import SgdIE, at_the_end
+from lightning_accie.replay.many import may_batch, vjp_many
+from lightning_accie.replay.part import part_of
+from lightning_accie.replay.state import State
+from lightning_accie.replay.walker import Visit
+
+LARGEST_BLOCK = 64
+"""Queries whose cotangents go back together at most."""
+
+
+def per_query(
+    estimator: Estimator, replay: Replay, queries: Sequence[Query]
+) -> tuple[Tensor, Tensor]:
+    """Estimate the influence of samples on each of several queries.
+
+    Args:
+        estimator: `SgdIE`, `TracIn`, `AccSgdIE` or `LeaveOneOut`.
+        replay: the run; its own query does not matter.
+        queries: Q of them.
+
+    Returns:
+        ``[n]`` sample numbers, ascending, and ``[Q, n]`` float64 influences (method: section 2).
+
+    Raises:
+        UnsupportedError: for another estimator, by its name.
+    """
+    check_per_query(estimator)
+    if isinstance(estimator, SgdIE):
+        return replay.samples, _backwards(with_names(estimator, replay.trainable), replay, queries)
+    assert isinstance(estimator, ChunkedEstimator)
+    estimator = with_names(estimator, replay.trainable)
+    samples = choose(replay, estimator.candidates, estimator.layers)
+    return samples, _forwards(estimator, replay, queries, samples)
+
+
+def check_per_query(estimator: Estimator) -> None:
+    """Refuse estimators that answer one query at a time.
+
+    Args:
+        estimator: any.
+
+    Raises:
+        UnsupportedError: naming it.
+    """
+    if not isinstance(estimator, (SgdIE, ChunkedEstimator)):
+        raise UnsupportedError(
+            f'`explain` does not go with the estimator "{estimator.name}", whose walks are made for '
+            'one query. Use "sgd-ie", "tracin", "acc-sgd-ie" or "leave-one-out".'
+        )
+
+
+def _forwards(
+    estimator: ChunkedEstimator, replay: Replay, queries: Sequence[Query], samples: Tensor
+) -> Tensor:
+    """One walk for every chunk of samples, whatever the number of queries."""
+    found = torch.zeros(len(queries), len(samples), dtype=torch.float64)
+    if not len(samples):
+        return found
+    parts = estimator.split(replay, samples)
+    title = f"{estimator.title.format(len(samples))}, {len(queries)} queries"
+    with replay.progress.task(title, len(parts) * len(replay.walker)) as advance:
+        for part in parts:
+            first = replay.first[replay.positions(part)]
+            carried = estimator.carry(replay, part, first, advance)
+            columns = torch.searchsorted(samples, part)
+            for row, query in enumerate(queries):
+                asked = replace(replay, query=query)
+                figures = estimator.measure(asked, carried)
+                found[row, columns] = estimator.found(asked, part, figures).influence
+    return found
+
+
+def _backwards(estimator: SgdIE, replay: Replay, queries: Sequence[Query]) -> Tensor:
+    """One walk for every block of queries, whatever the number of samples."""
+    names = followed(estimator.layers, replay.trainable)
+    size = _block(replay, replay.final.state.only(names))
+    blocks = [queries[begin : begin + size] for begin in range(0, len(queries), size)]
+    title = f"{estimator.name}: every sample, {len(queries)} queries"
+    found = []
+    with replay.progress.task(title, len(blocks) * len(replay.walker)) as advance:
+        for block in blocks:
+            cotangents = [at_the_end(replace(replay, query=query), names) for query in block]
+            influence = torch.zeros(len(block), replay.span, dtype=torch.float64)
+            batched: bool | None = None if len(block) > 1 and estimator.curvature else False
+            for visit in replay.walker.backwards():
+                part = part_of(visit, names)
+                if batched is None and part.map.used:
+                    batched = may_batch(part.map, part.state, cotangents[:2])
+                cotangents, by_weight = _pull(estimator, part, cotangents, batched=bool(batched))
+                influence.index_add_(1, part.map.samples, -by_weight.double().cpu())
+                advance(1)
+            found.append(influence[:, replay.samples])
+    return torch.cat(found)
+
+
+def _pull(
+    estimator: SgdIE, visit: Visit, cotangents: list[State], *, batched: bool
+) -> tuple[list[State], Tensor]:
+    if estimator.curvature:
+        return vjp_many(visit.map, visit.state, cotangents, batched=batched)
+    states, gammas = zip(*(estimator.pull(visit, one) for one in cotangents), strict=True)
+    return list(states), torch.stack(gammas)
+
+
+def _block(replay: Replay, carried: State) -> int:
+    """How many queries fit the memory budget."""
+    per_query = 4 * carried.nbytes() + activation_bytes(replay)
+    return max(1, min(LARGEST_BLOCK, replay.memory_budget // max(1, per_query)))
