@@ -22,6 +22,7 @@ from lightning_accie.estimators import (
     TracIn,
 )
 from lightning_accie.explanation import Explanation
+from lightning_accie.groups import GroupScores
 from lightning_accie.replay.update_rules import UpdateRule, register_update_rule
 from lightning_accie.scores import InfluenceScores
 from lightning_accie.trajectory.reader import Trajectory
@@ -34,6 +35,7 @@ __all__ = [
     "DescribeError",
     "Estimator",
     "Explanation",
+    "GroupScores",
     "InfluenceCallback",
     "InfluenceEngine",
     "InfluenceError",

@@ -132,6 +132,40 @@ def spearman(estimate: Tensor, exact: Tensor) -> float:
     return float(spearman_corrcoef(estimate, exact))
 
 
+def linear_datamodelling_score(influence: Tensor, sets: Tensor, effects: Tensor) -> float:
+    """Rank correlation between what sets of samples do and what their influences add up to.
+
+    The linear datamodelling score (Park et al. 2023, arXiv 2303.14186, section 3), with the sets that
+    are left out rather than kept: the sums differ in a constant and the sign, and so do the effects.
+
+    Args:
+        influence: ``[n]``, of single samples.
+        sets: ``[K, n]`` bool, the samples that are left out at once.
+        effects: ``[K]``, q without each set, or its difference to q.
+
+    Returns:
+        Spearman's correlation over the K sets, from −1 to 1; NaN where fewer than two sets have a
+        finite effect, or all have the same.
+
+    Raises:
+        ValueError: if the shapes do not fit.
+
+    Example:
+        >>> influence = torch.tensor([1.0, 2.0, -4.0])
+        >>> sets = torch.tensor([[True, True, False], [False, True, True], [True, False, False]])
+        >>> linear_datamodelling_score(influence, sets, torch.tensor([2.5, -1.0, 0.9]))
+        1.0
+    """
+    if sets.dim() != 2 or sets.shape != (len(effects), len(influence)) or effects.dim() != 1:
+        raise ValueError(
+            f"`sets` must be [K, n] for [n] influences and [K] effects, got {list(sets.shape)}, "
+            f"{list(influence.shape)} and {list(effects.shape)}."
+        )
+    sums = sets.double() @ influence.double().cpu()
+    finite = sums.isfinite() & effects.isfinite()
+    return spearman(sums[finite], effects[finite])
+
+
 def relative_rmse(estimate: Tensor, exact: Tensor) -> float:
     """‖estimate − exact‖ / ‖exact‖.
 

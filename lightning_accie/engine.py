@@ -27,6 +27,7 @@ from lightning_accie.estimators.losses import training_losses
 from lightning_accie.estimators.measure import Ladder, choose_ways
 from lightning_accie.estimators.per_query import check_per_query
 from lightning_accie.explanation import Explanation, explain, one_by_one
+from lightning_accie.groups import Groups, GroupScores, group_scores, members_of
 from lightning_accie.launch import launch
 from lightning_accie.matching import check_module, check_sizes, why_not_finite
 from lightning_accie.processes import Processes
@@ -442,6 +443,49 @@ class InfluenceEngine:
         places = replay.positions(found.index).tolist()
         own = {name: [column[i] for i in places] for name, column in columns.items()}
         return replace(found, columns=own)
+
+    def groups(
+        self,
+        groups: Groups,
+        query: str | QueryFunction | None = None,
+        *,
+        query_dataloader: Any = None,
+        at: At = "last",
+        exact: bool = True,
+        acc: bool = True,
+    ) -> GroupScores:
+        """Find what leaving out each group of training samples at once would do.
+
+        It is computed by this process alone.
+
+        Args:
+            groups: a mapping from names to sample indices, in which groups may overlap; a name for
+                every sample of the training data; or ``callable(sample) -> name``.
+            query: see `estimate`.
+            query_dataloader: see `estimate`.
+            at: see `estimate`.
+            exact: whether to replay the run without each group, which costs what one sample's exact
+                replay costs.
+            acc: whether to estimate each group by ACC-SGD-IE.
+
+        Returns:
+            The exact influence of each group, ACC-SGD-IE's figure, and the sum of its members' single
+            influences, which a group's influence is not.
+
+        Raises:
+            QueryError: if the query is not found or cannot be differentiated.
+            ReplayMismatchError: if the replay departs from the recorded run.
+            ValueError: if an argument has a wrong type or value, or a group has no sample that was
+                drawn.
+        """
+        check_engine_arguments(query=query, query_dataloader=query_dataloader)
+        with random_state.isolated(self._cuda), torch.compiler.set_stance("force_eager"):
+            replay = self._replay(query, query_dataloader, at)
+            sizes = [loader["samples"] for loader in self.trajectory.header["loaders"]]
+            length = sum(sizes) if sizes and all(sizes) else None
+            names, sets = members_of(groups, replay, self.sample, length)
+            choose_ways(replay)
+            return group_scores(replay, names, sets, exact=exact, acc=acc)
 
     # ------------------------------------------------------------------ several processes
 

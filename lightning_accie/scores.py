@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from lightning_accie.agreement import Agreement
+from lightning_accie.groups import GroupScores, summed_by
 from lightning_accie.scores_files import (
     JSON_FILE,
     ScoresError,
@@ -237,6 +238,25 @@ class InfluenceScores:
             )
         dropped = set(self.index[harmful[:k]].tolist())
         return Subset(dataset, [number for number in range(length) if number not in dropped])
+
+    def by(self, column: str) -> GroupScores:
+        """Add influences up by the user's own groups: a class, an annotator, a source.
+
+        Args:
+            column: of ``columns``, or ``"estimator"``.
+
+        Returns:
+            The sum of the members' influences; `InfluenceEngine.groups` replays the run without each
+            group at once, which is another figure.
+
+        Raises:
+            KeyError: if there is no such column, with those there are.
+        """
+        if column != "estimator" and column not in self.columns:
+            there = ", ".join(map(repr, self.columns)) or "none; `describe=` makes them"
+            raise KeyError(f"There is no column {column!r}. The columns are: {there}.")
+        values = self.estimator if column == "estimator" else self.columns[column]
+        return summed_by(values, self.influence, str(self.info.get("query", "")))
 
     def _ranking(self, sign: int = 1) -> Tensor:
         # Positions by ascending sign · influence, then by index; non-finite ones last.

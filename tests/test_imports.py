@@ -19,7 +19,7 @@ ORDER = (
     ("data", "logged"),
     ("query",),
     ("estimators",),
-    ("ranking", "scores_files", "unfinished"),
+    ("groups", "ranking", "scores_files", "unfinished"),
     ("scores",),
     ("explanation",),
     ("progress", "reports", "described", "crew", "launch"),
