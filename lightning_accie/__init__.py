@@ -14,7 +14,9 @@ from lightning_accie.errors import (
     UnsupportedError,
 )
 from lightning_accie.estimators import (
+    AccDataValueEmbedding,
     AccSgdIE,
+    DataValueEmbedding,
     Estimator,
     LeaveOneOut,
     LowRankAccSgdIE,
@@ -30,8 +32,10 @@ from lightning_accie.trajectory.reader import Trajectory
 __version__ = "0.1.0"
 
 __all__ = [
+    "AccDataValueEmbedding",
     "AccSgdIE",
     "Agreement",
+    "DataValueEmbedding",
     "DescribeError",
     "Estimator",
     "Explanation",
