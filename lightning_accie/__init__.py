@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lightning_accie.agreement import Agreement
 from lightning_accie.callback import InfluenceCallback
+from lightning_accie.embeddings import EmbeddingStore
 from lightning_accie.engine import InfluenceEngine
 from lightning_accie.errors import (
     DescribeError,
@@ -37,6 +38,7 @@ __all__ = [
     "Agreement",
     "DataValueEmbedding",
     "DescribeError",
+    "EmbeddingStore",
     "Estimator",
     "Explanation",
     "GroupScores",

@@ -33,9 +33,18 @@ class Embeddings:
         Returns:
             ``[K, n]`` float64, in units of the query; positive where leaving the sample out raises it.
         """
-        chosen = {name: gradients[name] for name in self.projection.names}
-        along = self.projection.whole(chosen).to(self.values)
-        return (self.values @ along.T).T.double().cpu()
+        return self.products(self.projection.whole(gradients))
+
+    def products(self, along: Tensor) -> Tensor:
+        """The same from gradients that are projected already.
+
+        Args:
+            along: ``[K, k]``, R∇q.
+
+        Returns:
+            ``[K, n]`` float64.
+        """
+        return (self.values @ along.to(self.values).T).T.double().cpu().contiguous()
 
     def influence_on(self, gradient: Params) -> Tensor:
         """The same for one query.

@@ -8,6 +8,9 @@ g_i = σ_i ∇ℓ_i:
 | ``"empirical"`` (Wang et al. 2024, arXiv 2412.09538) | Σ_i σ_i ∇ℓ_i∇ℓ_iᵀ | one backward pass |
 | ``"fisher"`` | Σ_i J_iᵀS_iJ_i, Gauss-Newton | one backward pass for each output |
 
+The empirical form takes the step's loss as the mean of the ℓ_i. Of a loss that is a sum over the batch
+it would be too large by the batch's size; Gauss-Newton is the same for both.
+
 J_i is the Jacobian of sample i's outputs and S_i the Hessian of its share of the loss in them. Where
 the loss is their log-likelihood (cross-entropy, squared error), this is the Fisher information: the
 mean of the empirical form over labels that the model itself would draw.
