@@ -25,8 +25,8 @@ from math import isqrt
 import torch
 from torch import Tensor
 
-from lightning_accie.estimators.base import Replay
-from lightning_accie.estimators.dvemb import EmbeddingEstimator, _slots
+from lightning_accie.estimators.base import Advance, Replay
+from lightning_accie.estimators.dvemb import EmbeddingEstimator, slots_of
 from lightning_accie.estimators.embeddings import Embeddings
 from lightning_accie.estimators.projected import ProjectedGradients
 from lightning_accie.estimators.projection import Projection
@@ -76,7 +76,7 @@ class AccDataValueEmbedding(EmbeddingEstimator):
         return Embeddings(replay.samples, values, projection)
 
     def _numbers(self, samples: int, size: int, replay: Replay) -> int:
-        width = size * (1 + _slots(replay.final.state))
+        width = size * (1 + slots_of(replay.final.state))
         return 3 * samples * width + 4 * width * width
 
 
@@ -93,7 +93,7 @@ class _Windows:
         """Ranges of steps, with the positions of the samples that they draw; None for all samples."""
         replay = self._replay
         steps, count = len(replay.walker), len(replay.samples)
-        width = self._projection.size * (1 + _slots(replay.final.state))
+        width = self._projection.size * (1 + slots_of(replay.final.state))
         each = max(1, -(-int(replay.visits.sum()) // steps))
         length = max(1, isqrt(count * width) // each)
         if length * each + width >= count:  # all of them are no more than the rows of a window
@@ -107,12 +107,12 @@ class _Windows:
         walker = self._replay.walker
         numbers = walker.program.batches.sample_numbers
         micros = walker.trajectory.step(step).micro_batches
-        found = [torch.from_numpy(numbers(micro)) for micro in micros if micro.loss is not None]
+        found = [torch.from_numpy(numbers(micro)) for micro in micros]
         return (
             self._replay.positions(torch.cat(found)) if found else torch.zeros(0, dtype=torch.int64)
         )
 
-    def over(self, window, moved: State, advance) -> State:  # type: ignore[no-untyped-def]
+    def over(self, window: tuple[range, Tensor | None], moved: State, advance: Advance) -> State:
         """Carry all samples over a window."""
         steps, drawn = window
         if drawn is None:
@@ -127,7 +127,7 @@ class _Windows:
             whole[drawn.to(whole.device)] = part[: len(drawn)]
         return after
 
-    def _stepwise(self, steps: range, rows: State, drawn: Tensor | None, advance) -> State:  # type: ignore[no-untyped-def]
+    def _stepwise(self, steps: range, rows: State, drawn: Tensor | None, advance: Advance) -> State:
         for _ in steps:
             rows = self._step(next(self._visits), rows, drawn)
             advance(1)

@@ -228,7 +228,7 @@ class DataValueEmbedding(EmbeddingEstimator):
         return Embeddings(replay.samples, found, projection)
 
     def _numbers(self, samples: int, size: int, replay: Replay) -> int:
-        slots = _slots(replay.final.state)
+        slots = slots_of(replay.final.state)
         return samples * size + (_MATRICES + slots) * size * size
 
 
@@ -241,8 +241,15 @@ def _still(params: dict[str, Tensor], like: State) -> State:
     return State(params, slots)
 
 
-def _slots(state: State) -> int:
-    """How many tensors the optimiser keeps for a parameter, at most."""
+def slots_of(state: State) -> int:
+    """Count the tensors that the optimiser keeps for a parameter.
+
+    Args:
+        state: a state of the run.
+
+    Returns:
+        The most of all parameters.
+    """
     return max((len(slots) for slots in state.slots.values()), default=0)
 
 

@@ -22,6 +22,7 @@ Parameters of linear, convolutional and embedding layers go by the layers' facto
 from __future__ import annotations
 
 from collections.abc import Collection
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -165,21 +166,20 @@ class ProjectedGradients:
     def _empirical(self, visit: Visit, loss: MicroLoss, factored: Collection[str]) -> StepGradients:
         size = len(loss.samples)
         self._check_memory(visit, loss, 1)
-        parts: dict[str, Tensor] = {}
-        with loss.held(), torch.enable_grad(), self._watched(visit, loss, factored) as calls:
-            bound = loss.bound(loss.ones(), {})
-            if calls.names() & set(factored):
-                one = torch.ones_like(bound.loss)[None]
-                parts = self._by_name(calls, factored, [bound.loss], [one], rows=1)
+        with loss.held(), torch.enable_grad():
+            with _watched(loss, factored) as calls:
+                bound = loss.bound(loss.ones(), {})
+            one = torch.ones_like(bound.loss)[None]
+            parts = self._by_name(calls, [bound.loss], [one], rows=1)
         found = {name: value[0] for name, value in parts.items()}
-        found |= self._own_gradients(visit, loss, factored)
+        found |= self._own_gradients(visit, loss, self._others(visit, found))
         slopes = self._projection.joined(found, loss.ones()).detach()
         shares = slopes.new_full((size,), _share(loss))
         return StepGradients(loss.samples, slopes, shares, slopes, slopes / shares[:, None])
 
     def _fisher(self, visit: Visit, loss: MicroLoss, factored: Collection[str]) -> StepGradients:
         size = len(loss.samples)
-        with self._watched(visit, loss, factored) as calls:
+        with _watched(loss, factored) as calls:
             tape = _taped(loss, ())
         units = _units(tape.outputs)
         self._check_memory(visit, loss, len(units))
@@ -187,14 +187,12 @@ class ProjectedGradients:
         try:
             bent = curved(tape, units, rows=rows)  # S_i, a row for each output
             error = errors(tape)
-            parts: dict[str, Tensor] = {}
-            if calls.names() & set(factored):
-                values = [one.value for one in tape.outputs]
-                given = zip(tape.outputs, units.split(_sizes(tape.outputs), -1), strict=True)
-                vectors = [one.from_rows(part).to(one.value) for one, part in given]
-                with loss.held():
-                    parts = self._by_name(calls, factored, values, vectors, rows=rows)
-            parts |= self._own_jacobians(visit, loss, factored, rows)
+            values = [one.value for one in tape.outputs]
+            given = zip(tape.outputs, units.split(_sizes(tape.outputs), -1), strict=True)
+            vectors = [one.from_rows(part).to(one.value) for one, part in given]
+            with loss.held():
+                parts = self._by_name(calls, values, vectors, rows=rows)
+            parts |= self._own_jacobians(visit, loss, self._others(visit, parts), rows)
         except (RuntimeError, NotImplementedError) as problem:
             raise UnsupportedError(
                 '`curvature="fisher"` does not go with this training_step: '
@@ -208,26 +206,17 @@ class ProjectedGradients:
             loss.samples, slopes, shares, along.flatten(0, 1), pushed.flatten(0, 1)
         )
 
-    def _watched(self, visit: Visit, loss: MicroLoss, factored: Collection[str]):  # type: ignore[no-untyped-def]
-        program = loss.program  # type: ignore[attr-defined]
-        chosen = {name: program.parameters[name] for name in factored}
-        return watched(program.module, chosen, len(loss.samples))
-
     # ------------------------------------------------------------------ by factors, and without
 
     def _by_name(
-        self,
-        calls: Calls,
-        factored: Collection[str],
-        outputs: list[Tensor],
-        vectors: list[Tensor],
-        *,
-        rows: int,
+        self, calls: Calls, outputs: list[Tensor], vectors: list[Tensor], *, rows: int
     ) -> dict[str, Tensor]:
         """``[K, B, size]`` for each parameter that the calls make up."""
-        names = calls.names() & set(factored)
+        names = calls.names()
         made = [call for call in calls.made if {call.weight, call.bias} & names]
         found: dict[str, Tensor] = {}
+        if not made:
+            return found
         for call, slopes in zip(made, slopes_of(outputs, made, vectors, rows=rows), strict=True):
             for name, value in self._of_call(call, slopes, names):
                 found[name] = found[name] + value if name in found else value
@@ -241,15 +230,8 @@ class ProjectedGradients:
             if call.padding is not None:
                 slopes = slopes * (call.inputs != call.padding)[None, :, :, None]
             if call.kind is torch.nn.Embedding:  # a row of the weight for each position
-                picked = (
-                    part.left.T[call.inputs]
-                    if part.left is not None
-                    else _one_hot(call, part.shape[0])
-                )
-                left, right = (
-                    picked.to(slopes)[None].expand(len(slopes), -1, -1, -1),
-                    part.columns(slopes),
-                )
+                left, right = part.picked(call.inputs).to(slopes), part.columns(slopes)
+                left = left[None].expand(len(slopes), -1, -1, -1)
             else:
                 left, right = part.rows(slopes), part.columns(call.inputs.to(slopes))
                 right = right[None].expand(len(slopes), -1, -1, -1)
@@ -258,14 +240,12 @@ class ProjectedGradients:
             found.append((call.bias, self._projection.parts[call.bias].rows(slopes.sum(2))))
         return found
 
-    def _others(self, visit: Visit, factored: Collection[str]) -> list[str]:
-        return [n for n in self._projection.names if n in visit.map.used and n not in factored]
+    def _others(self, visit: Visit, found: Collection[str]) -> list[str]:
+        """The parameters that the calls of a micro-batch do not make up."""
+        return [n for n in self._projection.names if n in visit.map.used and n not in found]
 
-    def _own_gradients(
-        self, visit: Visit, loss: MicroLoss, factored: Collection[str]
-    ) -> dict[str, Tensor]:
-        """``[B, size]`` for the other parameters, from their samples' gradients."""
-        names = self._others(visit, factored)
+    def _own_gradients(self, visit: Visit, loss: MicroLoss, names: list[str]) -> dict[str, Tensor]:
+        """``[B, size]`` for parameters, from their samples' gradients."""
         if not names:
             return {}
         one = replace(visit, map=replace(visit.map, losses=[loss]))
@@ -276,18 +256,25 @@ class ProjectedGradients:
         found: dict[str, list[Tensor]] = {name: [] for name in names}
         for weights in torch.diag(loss.ones()).split(rows):
             gradients = part.map.gradients(params, weights)
-            for name in names:
-                found[name].append(self._projection.parts[name].whole(gradients[name]))
+            for name, parts in found.items():
+                parts.append(self._projection.parts[name].whole(gradients[name]))
         return {name: torch.cat(parts) for name, parts in found.items()}
 
     def _own_jacobians(
-        self, visit: Visit, loss: MicroLoss, factored: Collection[str], rows: int
+        self, visit: Visit, loss: MicroLoss, names: list[str], rows: int
     ) -> dict[str, Tensor]:
-        """``[D, B, size]`` for the other parameters, from derivatives along the rows of R."""
+        """``[D, B, size]`` for parameters, from derivatives along the rows of R."""
         found = {}
-        for name in self._others(visit, factored):
-            tape = _taped(loss, (name,))
-            directions = self._projection.parts[name].directions(visit.state.params[name])
+        for name in names:
+            like, part = visit.state.params[name], self._projection.parts[name]
+            if (need := part.size * like.nbytes) > self._budget:
+                raise UnsupportedError(
+                    f"`{name}` belongs to no linear, convolutional or embedding layer, and the "
+                    f"{part.size} directions that it is projected to take {need / 1e6:.0f} MB, where "
+                    f"`memory_budget` leaves {self._budget / 1e6:.0f} MB. Take a smaller "
+                    f'`dimension=`, or `curvature="empirical"`.'
+                )
+            tape, directions = _taped(loss, (name,)), part.directions(like)
             if name in tape.grads and tape.grads[name].requires_grad:
                 along = outputs_along(tape, {name: directions}, rows=rows)
                 found[name] = along.permute(2, 1, 0)
@@ -321,6 +308,13 @@ class ProjectedGradients:
 
 
 _INSTEAD = 'Use `curvature="empirical"`, which needs the loss alone.'
+
+
+def _watched(loss: MicroLoss, names: Collection[str]) -> AbstractContextManager[Calls]:
+    """Note what the layers of some parameters are called with."""
+    program = loss.program  # type: ignore[attr-defined]
+    chosen = {name: program.parameters[name] for name in names}
+    return watched(program.module, chosen, len(loss.samples))
 
 
 def _share(loss: MicroLoss) -> float:
@@ -359,7 +353,3 @@ def _units(outputs: Collection[Outputs]) -> Tensor:
     size = sum(_sizes(outputs))
     eye = torch.eye(size, dtype=dtype, device=first.value.device)
     return eye[:, None, :].expand(size, first.batch, size)
-
-
-def _one_hot(call: Call, rows: int) -> Tensor:
-    return torch.nn.functional.one_hot(call.inputs, rows)

@@ -20,6 +20,7 @@ from math import isqrt, prod
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_accie.replay.state import Params
@@ -67,6 +68,17 @@ class Projected:
             ``[…, k_r]``.
         """
         return vectors if self.right is None else vectors @ self.right.T
+
+    def picked(self, rows: Tensor) -> Tensor:
+        """R_l of unit vectors.
+
+        Args:
+            rows: ``[…]`` int64, which of the rows is 1.
+
+        Returns:
+            ``[…, k_l]``.
+        """
+        return F.one_hot(rows, self.shape[0]) if self.left is None else self.left.T[rows]
 
     def whole(self, vectors: Tensor) -> Tensor:
         """Project K vectors of the parameter's shape.

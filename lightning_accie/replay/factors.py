@@ -55,8 +55,9 @@ class Call:
             slopes: ``[K, …]``, K of the output's shape.
 
         Returns:
-            ``[K, B, τ, out]``.
+            ``[K, B, τ, out]``, in 32 bits at least.
         """
+        slopes = slopes.to(torch.promote_types(slopes.dtype, torch.float32))
         if self.kind is nn.Conv2d:
             slopes = slopes.flatten(3).transpose(2, 3)
         return slopes.reshape(*slopes.shape[:2], -1, slopes.shape[-1])

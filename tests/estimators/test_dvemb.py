@@ -12,9 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jacrev
-from torch.utils.data import RandomSampler, TensorDataset
+from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
-from lightning_accie import AccDataValueEmbedding, DataValueEmbedding, SgdIE, UnsupportedError
+from lightning_accie import (
+    AccDataValueEmbedding,
+    DataValueEmbedding,
+    InfluenceEngine,
+    SgdIE,
+    UnsupportedError,
+)
 from lightning_accie.estimators.base import Replay
 from lightning_accie.estimators.dvemb import EmbeddingEstimator
 from lightning_accie.estimators.projected import ProjectedGradients
@@ -303,7 +309,11 @@ class Recurrent(nn.Module):
     ids=["text", "pictures", "recurrent"],
 )
 def test_projected_by_factors_or_as_a_whole(
-    tmp_path: Path, make: Callable[[], nn.Module], elsewhere: tuple[str, ...], curvature: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    make: Callable[[], nn.Module],
+    elsewhere: tuple[str, ...],
+    curvature: str,
 ) -> None:
     torch.manual_seed(3)
     net = make().double()
@@ -313,8 +323,10 @@ def test_projected_by_factors_or_as_a_whole(
     projection = Projection.drawn(tuple(params), params, 9, seed=1)
     gradients = ProjectedGradients(projection, curvature, 2**30)
     step = gradients(visit)
-    (factored,) = gradients._by_factors.values()
-    missing = {name for name in params if name not in factored}
+    with monkeypatch.context() as patch:  # without the other way, what it gives is missing
+        patch.setattr(ProjectedGradients, "_others", lambda *args: [])
+        alone = projection.split(gradients(visit).slopes)
+    missing = {name for name, value in alone.items() if not bool(value.any())}
     assert {name.split(".")[1].split("_")[0] for name in missing} == set(elsewhere)
     x, y = (tensor[visit.map.samples] for tensor in DATA.tensors)
     shapes = {name: value.shape for name, value in params.items()}
@@ -344,6 +356,47 @@ def test_projected_by_factors_or_as_a_whole(
         )
     same(step.slopes, torch.stack(rows) / len(x))
     same(step.left.T @ step.right, torch.stack(bends).mean(0))
+
+
+def test_a_layer_whose_calls_have_no_factors_at_some_steps(tmp_path: Path) -> None:
+    """The parameter then goes by its samples' own gradients, at those steps alone."""
+
+    class Sometimes(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            x, y = batch
+            logits = self.net(torch.cat([x, x]))[: len(x)] if batch_idx % 2 else self.net(x)
+            return self.loss(logits, y)
+
+    replay = recorded(tmp_path, Sometimes(linear_net(), sgd(momentum=0.5)))
+    found = DataValueEmbedding(None, "fisher").estimate(replay).influence
+    same(found, SgdIE().estimate(replay).influence)
+    empirical = DataValueEmbedding(None, "empirical").estimate(replay).influence
+    plain = recorded(tmp_path / "plain", Classifier(linear_net(), sgd(momentum=0.5)))
+    same(empirical, DataValueEmbedding(None, "empirical").estimate(plain).influence)
+
+
+@pytest.mark.parametrize("curvature", ["empirical", "fisher"])
+def test_under_autocast(tmp_path: Path, curvature: str) -> None:
+    """In 16 bits the factors are those of the 16-bit layers; all that follows is in 32."""
+    x, y = DATA.tensors
+    data = TensorDataset(x.float(), y)
+    other = TensorDataset(VALIDATION.tensors[0].float(), VALIDATION.tensors[1])
+    module = Classifier(smooth_net().float(), sgd(lr=0.5))
+    engine = record(tmp_path, module, data, other, precision="bf16-mixed")
+    replay = engine.replay("val_loss")
+    found = DataValueEmbedding(None, curvature).embed(replay)
+    assert found.values.dtype == torch.float32
+    full = InfluenceEngine(
+        engine.trajectory.directory,
+        module,
+        DataLoader(data, batch_size=6),
+        val_dataloaders=DataLoader(other, batch_size=7),
+        full_precision=True,
+        progress=False,
+    )
+    expected = DataValueEmbedding(None, curvature).embed(full.replay("val_loss"))
+    same(found.values, expected.values, 0.05)
+    assert not torch.equal(found.values, expected.values)
 
 
 def test_directions_are_the_rows_of_the_projection() -> None:
