@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
+from lightning_accie.accounts import account_of
 from lightning_accie.embeddings_files import (
     EmbeddingsError,
     check_free,
@@ -191,9 +192,7 @@ class EmbeddingStore:
                 "query_value": value,
                 "estimator": name,
                 "settings": {k: v for k, v in self.settings.items() if k != "estimator"},
-                "steps": len(run.walker),
-                "drawn": len(self),
-                "module": run.walker.program.header["module"],
+                **account_of(run),
                 "embeddings": str(self.directory),
                 "seconds": {name: time.perf_counter() - start},
             },

@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_debug, rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from lightning_accie.accounts import At, account_of, end_of
 from lightning_accie.arguments import check_engine_arguments
 from lightning_accie.crew import Crew, Order, serve
 from lightning_accie.data import set_up, training_loaders, validation_loaders
@@ -49,9 +50,6 @@ from lightning_accie.trajectory.files import MANIFEST
 from lightning_accie.trajectory.reader import Trajectory
 from lightning_accie.trajectory.sizes import parse_bytes
 from lightning_accie.unfinished import Unfinished, directory_of
-
-At = int | str
-"""Where a run ends for a ranking: ``"last"``, ``"best"``, or a number of steps."""
 
 
 class InfluenceEngine:
@@ -225,7 +223,7 @@ class InfluenceEngine:
 
     def _run(self, at: At) -> Replay:
         """The run without a query."""
-        walker = self._walker_until(self._end(at))
+        walker = self._walker_until(end_of(self.trajectory, at))
         self._check_data()
         self._find_losses(walker)
         final = walker.final()
@@ -248,34 +246,6 @@ class InfluenceEngine:
             micros = (micro for step in self.trajectory.steps() for micro in step.micro_batches)
             compare_data(micros, self._program.batches)
             self._unchecked = False
-
-    def _end(self, at: At) -> int:
-        """The number of steps after which the query is measured."""
-        steps = len(self.trajectory)
-        if at == "last":
-            return steps
-        if at == "best":
-            best = self.trajectory.header.get("best")
-            if best is None or best["step"] == 0:
-                raise QueryError(
-                    f"The trajectory {self.trajectory.directory} knows no best checkpoint: no "
-                    "ModelCheckpoint with a `monitor=` had saved one when the run ended, or the "
-                    'best one was saved before the recording began. Use `at="last"`, or the number '
-                    "of a step."
-                )
-            if best["step"] > steps:
-                raise QueryError(
-                    f"The best checkpoint was saved after {best['step']} steps, but the trajectory "
-                    f"{self.trajectory.directory} ends after {steps}"
-                    + (f" ({self.trajectory.reason})" if self.trajectory.reason else "")
-                    + '. Use `at="last"`, or the number of a step.'
-                )
-            return int(best["step"])
-        if isinstance(at, bool) or not isinstance(at, int) or not 1 <= at <= steps:
-            raise ValueError(
-                f'`at` must be "last", "best" or a number of steps from 1 to {steps}, got {at!r}.'
-            )
-        return at
 
     def _walker_until(self, steps: int) -> Walker:
         if steps == len(self.trajectory):
@@ -666,8 +636,6 @@ class InfluenceEngine:
         at: At,
         ladder: Ladder,
     ) -> InfluenceScores:
-        fidelity = replay.walker.fidelity
-        header = self.trajectory.header
         settings = layers_to_json(layers) if isinstance(estimator, str) else estimator.settings()
         info = {
             "query": replay.query.name,
@@ -675,18 +643,8 @@ class InfluenceEngine:
             "estimator": estimator if isinstance(estimator, str) else estimator.name,
             "settings": settings,
             "at": at,
-            "steps": len(replay.walker),
             "recorded_steps": len(self.trajectory),
-            "samples": sum(loader["samples"] for loader in header["loaders"]) or None,
-            "capture": header.get("capture", "indices"),
-            "drawn": len(replay.samples),
-            "module": header["module"],
-            "optimizer": header["optimizer"],
-            "precision": header["precision"],
-            "analysis_precision": self._program.analysis.name,
-            "bit_exact_replay": fidelity.bit_exact,
-            "largest_loss_difference": fidelity.largest_loss_difference,
-            "largest_state_difference": fidelity.largest_state_difference,
+            **account_of(replay),
             "noise_floor": ranking.noise,
             "hessian_product": replay.walker.product,
             "tangent_product": replay.walker.tangents,
@@ -694,8 +652,6 @@ class InfluenceEngine:
             "refused": ladder.reasons,
             "seconds": ranking.seconds,
             "interrupted": ranking.interrupted,
-            "trajectory": str(self.trajectory.directory),
-            "trajectory_status": self.trajectory.status,
         }
         places = replay.positions(ranking.samples)
         return InfluenceScores(

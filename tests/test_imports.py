@@ -19,7 +19,7 @@ ORDER = (
     ("data", "logged"),
     ("query",),
     ("estimators",),
-    ("groups", "ranking", "scores_files", "embeddings_files", "unfinished"),
+    ("accounts", "groups", "ranking", "scores_files", "embeddings_files", "unfinished"),
     ("scores",),
     ("embeddings", "explanation"),
     ("progress", "reports", "described", "crew", "launch"),
