@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lightning_accie.agreement import Agreement
 from lightning_accie.callback import InfluenceCallback
+from lightning_accie.embeddings import EmbeddingStore
 from lightning_accie.engine import InfluenceEngine
 from lightning_accie.errors import (
     DescribeError,
@@ -14,7 +15,9 @@ from lightning_accie.errors import (
     UnsupportedError,
 )
 from lightning_accie.estimators import (
+    AccDataValueEmbedding,
     AccSgdIE,
+    DataValueEmbedding,
     Estimator,
     LeaveOneOut,
     LowRankAccSgdIE,
@@ -30,9 +33,12 @@ from lightning_accie.trajectory.reader import Trajectory
 __version__ = "0.1.0"
 
 __all__ = [
+    "AccDataValueEmbedding",
     "AccSgdIE",
     "Agreement",
+    "DataValueEmbedding",
     "DescribeError",
+    "EmbeddingStore",
     "Estimator",
     "Explanation",
     "GroupScores",

@@ -41,8 +41,8 @@ class InfluenceCallback(CallbackBase):
             better.
         estimator: ``"auto"`` (rank all by SGD-IE, refine the strongest, verify some exactly), an
             estimator's name (``"sgd-ie"``, ``"acc-sgd-ie"``, ``"low-rank-acc-sgd-ie"``,
-            ``"leave-one-out"``, ``"tracin"``), or an instance such as
-            ``AccSgdIE(candidates=500)``.
+            ``"dvemb"``, ``"acc-dvemb"``, ``"leave-one-out"``, ``"tracin"``), or an instance such
+            as ``AccSgdIE(candidates=500)``.
         layers: whose change the estimates follow: globs of module or parameter names such as
             ``"head"``, or a predicate on a parameter's name; the other parameters stay those of the
             recorded run. Exact replays always leave a sample out of everything. None for all.

@@ -15,13 +15,16 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_debug, rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from lightning_accie.accounts import At, account_of, end_of
 from lightning_accie.arguments import check_engine_arguments
 from lightning_accie.crew import Crew, Order, serve
 from lightning_accie.data import set_up, training_loaders, validation_loaders
 from lightning_accie.described import Describe, described
+from lightning_accie.embeddings import Ask, EmbeddingStore
 from lightning_accie.errors import QueryError, TrajectoryError
 from lightning_accie.estimators import Estimator, resolve_estimator
-from lightning_accie.estimators.base import Alone, NoProgress, Progress, Replay
+from lightning_accie.estimators.base import Alone, NoProgress, Progress, Replay, Unasked
+from lightning_accie.estimators.dvemb import EmbeddingEstimator
 from lightning_accie.estimators.layers import Layers, layers_to_json
 from lightning_accie.estimators.losses import training_losses
 from lightning_accie.estimators.measure import Ladder, choose_ways
@@ -37,6 +40,7 @@ from lightning_accie.ranking import Ranking
 from lightning_accie.replay import random_state
 from lightning_accie.replay.batches import Batches, BatchSource
 from lightning_accie.replay.data_check import compare_data
+from lightning_accie.replay.drawn import drawn
 from lightning_accie.replay.module import SampleLosses, TrainingProgram
 from lightning_accie.replay.probe import check_derivatives, find_loss_form
 from lightning_accie.replay.stored import StoredSource
@@ -46,9 +50,6 @@ from lightning_accie.trajectory.files import MANIFEST
 from lightning_accie.trajectory.reader import Trajectory
 from lightning_accie.trajectory.sizes import parse_bytes
 from lightning_accie.unfinished import Unfinished, directory_of
-
-At = int | str
-"""Where a run ends for a ranking: ``"last"``, ``"best"``, or a number of steps."""
 
 
 class InfluenceEngine:
@@ -217,14 +218,19 @@ class InfluenceEngine:
 
     def _replay(self, query: str | QueryFunction | None, query_dataloader: Any, at: At) -> Replay:
         """The run with its query, before the ways are chosen."""
-        walker = self._walker_until(self._end(at))
+        run = self._run(at)
+        return replace(run, query=self._query(query, query_dataloader, run.final.buffers))
+
+    def _run(self, at: At) -> Replay:
+        """The run without a query."""
+        walker = self._walker_until(end_of(self.trajectory, at))
         self._check_data()
         self._find_losses(walker)
         final = walker.final()
-        samples, visits, first, last = self._drawn(walker.trajectory)
+        samples, visits, first, last = drawn(walker.trajectory, self._program.batches)
         return Replay(
             walker=walker,
-            query=self._query(query, query_dataloader, final.buffers),
+            query=Unasked(),
             samples=samples,
             visits=visits,
             first=first,
@@ -240,34 +246,6 @@ class InfluenceEngine:
             micros = (micro for step in self.trajectory.steps() for micro in step.micro_batches)
             compare_data(micros, self._program.batches)
             self._unchecked = False
-
-    def _end(self, at: At) -> int:
-        """The number of steps after which the query is measured."""
-        steps = len(self.trajectory)
-        if at == "last":
-            return steps
-        if at == "best":
-            best = self.trajectory.header.get("best")
-            if best is None or best["step"] == 0:
-                raise QueryError(
-                    f"The trajectory {self.trajectory.directory} knows no best checkpoint: no "
-                    "ModelCheckpoint with a `monitor=` had saved one when the run ended, or the "
-                    'best one was saved before the recording began. Use `at="last"`, or the number '
-                    "of a step."
-                )
-            if best["step"] > steps:
-                raise QueryError(
-                    f"The best checkpoint was saved after {best['step']} steps, but the trajectory "
-                    f"{self.trajectory.directory} ends after {steps}"
-                    + (f" ({self.trajectory.reason})" if self.trajectory.reason else "")
-                    + '. Use `at="last"`, or the number of a step.'
-                )
-            return int(best["step"])
-        if isinstance(at, bool) or not isinstance(at, int) or not 1 <= at <= steps:
-            raise ValueError(
-                f'`at` must be "last", "best" or a number of steps from 1 to {steps}, got {at!r}.'
-            )
-        return at
 
     def _walker_until(self, steps: int) -> Walker:
         if steps == len(self.trajectory):
@@ -487,6 +465,71 @@ class InfluenceEngine:
             choose_ways(replay)
             return group_scores(replay, names, sets, exact=exact, acc=acc)
 
+    # ------------------------------------------------------------------ embeddings
+
+    def embed(
+        self,
+        directory: str | Path,
+        estimator: str | EmbeddingEstimator = "dvemb",
+        *,
+        at: At = "last",
+        overwrite: bool = False,
+    ) -> EmbeddingStore:
+        """Embed every training sample once, for many queries later.
+
+        Args:
+            directory: where to keep the embeddings, n × k numbers.
+            estimator: ``"dvemb"``, ``"acc-dvemb"``, or a `DataValueEmbedding` or
+                `AccDataValueEmbedding`.
+            at: where the run ends; see `estimate`.
+            overwrite: whether embeddings that are there are replaced.
+
+        Returns:
+            The store, which answers queries.
+
+        Raises:
+            EmbeddingsError: where something is there that must not be replaced.
+            ReplayMismatchError: if the replay departs from the recorded run.
+            UnsupportedError: if the run is none that embeddings are derived for, or they do not fit
+                ``memory_budget``.
+            ValueError: if an argument has a wrong type or value.
+        """
+        check_engine_arguments(dirpath=directory, overwrite=overwrite)
+        chosen = resolve_estimator(estimator)
+        if not isinstance(chosen, EmbeddingEstimator):
+            raise ValueError(
+                '`estimator` must be "dvemb", "acc-dvemb", a DataValueEmbedding or an '
+                f"AccDataValueEmbedding, got {estimator!r}."
+            )
+        with random_state.isolated(self._cuda), torch.compiler.set_stance("force_eager"):
+            run = self._run(at)
+            choose_ways(run)
+            return EmbeddingStore.make(
+                Path(directory), chosen, run, self._asker(run), overwrite=overwrite
+            )
+
+    def embeddings(self, directory: str | Path, *, at: At = "last") -> EmbeddingStore:
+        """Open embeddings that `embed` has made of this run, in this process or another.
+
+        Args:
+            directory: where they are.
+            at: where the run ends, as it was given to `embed`.
+
+        Returns:
+            The store, which answers queries.
+
+        Raises:
+            EmbeddingsError: where they are missing, damaged, half-written or too new, or belong to
+                another run or module.
+            ReplayMismatchError: if the replay departs from the recorded run.
+        """
+        with random_state.isolated(self._cuda), torch.compiler.set_stance("force_eager"):
+            run = self._run(at)
+        return EmbeddingStore.open(Path(directory), run, self._asker(run))
+
+    def _asker(self, run: Replay) -> Ask:
+        return lambda query, dataloader: self._query(query, dataloader, run.final.buffers)
+
     # ------------------------------------------------------------------ several processes
 
     def _shared(self, replay: Replay, kept: Unfinished) -> Replay:
@@ -568,22 +611,6 @@ class InfluenceEngine:
             memory_budget=self.memory_budget // 4,
         )
 
-    def _drawn(self, trajectory: Trajectory) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Every drawn sample's number, visits, and first and last step."""
-        numbers = self._program.batches.sample_numbers
-        per_step = [
-            np.concatenate([numbers(micro) for micro in step.micro_batches] or [np.zeros(0, int)])
-            for step in trajectory.steps()
-        ]
-        everything = np.concatenate(per_step)
-        steps = np.repeat(np.arange(len(per_step)), [len(part) for part in per_step])
-        samples, first, counts = np.unique(everything, return_index=True, return_counts=True)
-        _, backwards = np.unique(everything[::-1], return_index=True)
-        last = len(everything) - 1 - backwards
-        found = (samples, counts, steps[first], steps[last])
-        parts = [torch.from_numpy(np.ascontiguousarray(part, dtype=np.int64)) for part in found]
-        return parts[0], parts[1], parts[2], parts[3]
-
     def _columns(
         self, replay: Replay, describe: Describe | None, loss_column: bool
     ) -> dict[str, list[Any]]:
@@ -609,8 +636,6 @@ class InfluenceEngine:
         at: At,
         ladder: Ladder,
     ) -> InfluenceScores:
-        fidelity = replay.walker.fidelity
-        header = self.trajectory.header
         settings = layers_to_json(layers) if isinstance(estimator, str) else estimator.settings()
         info = {
             "query": replay.query.name,
@@ -618,18 +643,8 @@ class InfluenceEngine:
             "estimator": estimator if isinstance(estimator, str) else estimator.name,
             "settings": settings,
             "at": at,
-            "steps": len(replay.walker),
             "recorded_steps": len(self.trajectory),
-            "samples": sum(loader["samples"] for loader in header["loaders"]) or None,
-            "capture": header.get("capture", "indices"),
-            "drawn": len(replay.samples),
-            "module": header["module"],
-            "optimizer": header["optimizer"],
-            "precision": header["precision"],
-            "analysis_precision": self._program.analysis.name,
-            "bit_exact_replay": fidelity.bit_exact,
-            "largest_loss_difference": fidelity.largest_loss_difference,
-            "largest_state_difference": fidelity.largest_state_difference,
+            **account_of(replay),
             "noise_floor": ranking.noise,
             "hessian_product": replay.walker.product,
             "tangent_product": replay.walker.tangents,
@@ -637,8 +652,6 @@ class InfluenceEngine:
             "refused": ladder.reasons,
             "seconds": ranking.seconds,
             "interrupted": ranking.interrupted,
-            "trajectory": str(self.trajectory.directory),
-            "trajectory_status": self.trajectory.status,
         }
         places = replay.positions(ranking.samples)
         return InfluenceScores(

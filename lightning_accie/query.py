@@ -184,22 +184,12 @@ class ModuleQuery:
         Raises:
             QueryError: if the value does not depend on the parameters.
         """
-        self._bind(params)
-        leaves = dict(self._parameters)
-        for name, (holder, key, _) in self._statistics.items():
-            if name in params:
-                holder[key] = leaves[name] = params[name].detach().requires_grad_()
+        leaves = self._leaves(params)
         inputs = list(leaves.values())
         means = [WeightedMean() for _ in inputs]
-        with self._same_draws():
-            for place in self._places():
-                with torch.enable_grad():
-                    value = self._run(place)
-                weight = self._weight(place)
-                if weight == 0.0:
-                    continue
-                for mean, part in zip(means, self._slopes(value, inputs), strict=True):
-                    mean.add(part, weight)
+        for weight, parts in self._each_gradient(inputs):
+            for mean, part in zip(means, parts, strict=True):
+                mean.add(part, weight)
         total = [self._finished(mean) for mean in means]
         if not any(bool(part.any()) for part in total):
             raise QueryError(
@@ -207,6 +197,44 @@ class ModuleQuery:
                 f"no slope. {self._way_out()}"
             )
         return dict(zip(leaves, total, strict=True))
+
+    def gradients(self, params: Params) -> Iterator[Params]:
+        """The gradient of each batch's own value.
+
+        Args:
+            params: see `gradient`.
+
+        Yields:
+            The gradient by name, of every batch that has a value.
+
+        Raises:
+            QueryError: if a value does not depend on the parameters, or there is none.
+        """
+        leaves = self._leaves(params)
+        found = WeightedMean()
+        for weight, parts in self._each_gradient(list(leaves.values())):
+            found.add(0.0, weight)
+            yield dict(zip(leaves, parts, strict=True))
+        self._finished(found)
+
+    def _leaves(self, params: Params) -> Params:
+        """What is differentiated for, bound to the copy."""
+        self._bind(params)
+        leaves = dict(self._parameters)
+        for name, (holder, key, _) in self._statistics.items():
+            if name in params:
+                holder[key] = leaves[name] = params[name].detach().requires_grad_()
+        return leaves
+
+    def _each_gradient(self, inputs: list[Tensor]) -> Iterator[tuple[float, tuple[Tensor, ...]]]:
+        """The weight and the gradient of every batch that has a value."""
+        with self._same_draws():
+            for place in self._places():
+                with torch.enable_grad():
+                    value = self._run(place)
+                weight = self._weight(place)
+                if weight != 0.0:
+                    yield weight, self._slopes(value, inputs)
 
     def _slopes(self, value: Tensor, inputs: list[Tensor]) -> tuple[Tensor, ...]:
         if not value.requires_grad:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -22,20 +21,21 @@ from torch import Tensor
 
 from lightning_accie.errors import InfluenceError
 from lightning_accie.trajectory.files import read_regular, write
-from lightning_accie.trajectory.manifest import package_version
+from lightning_accie.trajectory.sealed import Seal
 from lightning_accie.trajectory.tensors import dump, load
 
 CSV_FILE = "scores.csv"
 TENSORS_FILE = "scores.safetensors"
 JSON_FILE = "scores.json"
 
-_FORMAT = "lightning_accie scores"
-_VERSION = 1
 _DAMAGED = "Copy the directory again from where the scores were saved, or save them again."
 
 
 class ScoresError(InfluenceError):
     """Saved scores are missing, damaged, too new, or two files that do not belong together."""
+
+
+_SEAL = Seal("scores", 1, ScoresError)
 
 
 def write_scores(
@@ -53,15 +53,8 @@ def write_scores(
         TypeError: where ``content`` holds what is no JSON value.
         OSError: where the file system refuses.
     """
-    numbers = dump(tensors, _FORMAT)
-    document = {
-        "format": _FORMAT,
-        "version": _VERSION,
-        "writer": package_version(),
-        "tensors_sha256": sha256(numbers).hexdigest(),
-        "content": content,
-    }
-    text = _sealed(document)
+    numbers = dump(tensors, _SEAL.format)
+    text = _SEAL.seal({"tensors_sha256": sha256(numbers).hexdigest(), "content": content})
     directory.mkdir(parents=True, exist_ok=True)
     write_table(directory / CSV_FILE, table)
     write(directory, TENSORS_FILE, numbers)
@@ -130,7 +123,7 @@ def read_scores(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     path = directory / JSON_FILE
     try:
-        document = _unsealed(path, _read(path))
+        document = _SEAL.unseal(path, _read(path))
     except (ValueError, RecursionError) as error:
         raise ScoresError(f"{path} is damaged: {error}. {_DAMAGED}") from error
     path = directory / TENSORS_FILE
@@ -156,29 +149,3 @@ def _read(path: Path) -> bytes:
         ) from error
     except OSError as error:
         raise ScoresError(f"{path} cannot be read: {error.strerror}.") from error
-
-
-def _sealed(document: dict[str, Any]) -> bytes:
-    checksum = sha256(_text(document)).hexdigest()
-    return _text({**document, "checksum": checksum})
-
-
-def _unsealed(path: Path, content: bytes) -> dict[str, Any]:
-    document = json.loads(content)
-    if not isinstance(document, dict) or document.get("format") != _FORMAT:
-        raise ValueError("it does not hold scores")
-    written = document.get("version")
-    if isinstance(written, int) and written > _VERSION:
-        raise ScoresError(
-            f"{path} has format version {written}, and this version of lightning_accie "
-            f"({package_version()}) reads up to {_VERSION}. Upgrade lightning_accie."
-        )
-    document.pop("checksum", None)
-    # Compared as a whole: a changed blank is a changed byte too.
-    if written != _VERSION or content != _sealed(document):
-        raise ValueError("its checksum is not the recorded one")
-    return document
-
-
-def _text(document: dict[str, Any]) -> bytes:
-    return (json.dumps(document, indent=1) + "\n").encode("ascii")

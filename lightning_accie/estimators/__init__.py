@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from inspect import signature
 
+from lightning_accie.estimators.acc_dvemb import AccDataValueEmbedding
 from lightning_accie.estimators.acc_sgd_ie import AccSgdIE
 from lightning_accie.estimators.base import Estimate, Estimator
+from lightning_accie.estimators.dvemb import DataValueEmbedding
 from lightning_accie.estimators.layers import Layers
 from lightning_accie.estimators.leave_one_out import LeaveOneOut
 from lightning_accie.estimators.low_rank import LowRankAccSgdIE
@@ -14,7 +16,15 @@ from lightning_accie.estimators.tracin import TracIn
 
 ESTIMATORS: dict[str, type[Estimator]] = {
     estimator.name: estimator
-    for estimator in (SgdIE, AccSgdIE, LowRankAccSgdIE, LeaveOneOut, TracIn)
+    for estimator in (
+        SgdIE,
+        AccSgdIE,
+        LowRankAccSgdIE,
+        DataValueEmbedding,
+        AccDataValueEmbedding,
+        LeaveOneOut,
+        TracIn,
+    )
 }
 
 
@@ -57,7 +67,9 @@ def resolve_estimator(estimator: str | Estimator, layers: Layers = None) -> Esti
 
 __all__ = [
     "ESTIMATORS",
+    "AccDataValueEmbedding",
     "AccSgdIE",
+    "DataValueEmbedding",
     "Estimate",
     "Estimator",
     "LeaveOneOut",

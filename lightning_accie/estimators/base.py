@@ -44,6 +44,45 @@ class Query(Protocol):
         ...
 
 
+class Unasked:
+    """No query: for work that concerns none."""
+
+    name = ""
+    vectorize = True
+
+    def value(self, params: Params) -> float:
+        """Give 0.
+
+        Returns:
+            0.
+        """
+        return 0.0
+
+    def gradient(self, params: Params) -> Params:
+        """Give 0.
+
+        Returns:
+            Zeros by name.
+        """
+        return {name: torch.zeros_like(value) for name, value in params.items()}
+
+    def values(self, params: Params, rest: Params | None = None) -> Tensor:
+        """Give 0.
+
+        Returns:
+            Zeros, one for each of the stacked parameter sets.
+        """
+        return torch.zeros(len(next(iter(params.values()))), dtype=torch.float64)
+
+    def hessian_products(self, params: Params, directions: Params) -> Params:
+        """Give 0.
+
+        Returns:
+            Zeros by name.
+        """
+        return {name: torch.zeros_like(value) for name, value in directions.items()}
+
+
 Advance = Callable[[int], None]
 
 

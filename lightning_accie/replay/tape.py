@@ -106,7 +106,7 @@ class Tape:
 
         Args:
             loss: the micro-batch.
-            names: the parameters to differentiate for.
+            names: the parameters to differentiate for; none for the outputs' errors alone.
             statistics: the running statistics before it; none where they do not matter.
             create_graph: whether the gradient is to be differentiated again.
 
@@ -120,7 +120,11 @@ class Tape:
             distinct = {id(one.value): one for one in outputs if one.value.requires_grad}
             outputs = list(distinct.values())
             inputs = [*(parameters[name] for name in names), *(one.value for one in outputs)]
-            grads = torch.autograd.grad(value, inputs, create_graph=create_graph, allow_unused=True)
+            grads: Sequence[Tensor] = ()
+            if inputs:
+                grads = torch.autograd.grad(
+                    value, inputs, create_graph=create_graph, allow_unused=True
+                )
         used = {name: g for name, g in zip(names, grads, strict=False) if g is not None}
         of = {name: parameters[name] for name in used}
         pairs = zip(outputs, grads[len(names) :], strict=True)

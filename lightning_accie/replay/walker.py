@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import NamedTuple
@@ -211,6 +212,16 @@ class Walker:
         else:
             stop = len(self) if before is None else before
             yield from self._reversed(self.start(), stop, self._room())
+
+    def without_tapes(self) -> Walker:
+        """Look at the same run for work that differentiates no step's gradient.
+
+        Returns:
+            A walker that keeps states alone, and so more of them.
+        """
+        twin = copy(self)
+        twin._tapes = False
+        return twin
 
     def passes(self) -> float:
         """Count how often `backwards` runs each step forwards, in the mean.

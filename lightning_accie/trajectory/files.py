@@ -9,7 +9,7 @@ import errno
 import os
 import re
 import stat
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -107,15 +107,30 @@ def write(directory: Path, name: str, content: bytes) -> StoredFile:
     Raises:
         OSError: where the file system refuses; nothing is left behind then.
     """
+    write_with(directory, name, lambda path: _write_through(path, content))
+    return StoredFile(name, len(content), sha256(content).hexdigest())
+
+
+def write_with(directory: Path, name: str, action: Callable[[Path], object]) -> None:
+    """Let something else write a file, so that it is there either whole or not at all.
+
+    Args:
+        directory: the directory.
+        name: the file's name in it.
+        action: what writes all of the file, under the name that it is given.
+
+    Raises:
+        OSError: where the file system refuses; nothing is left behind then.
+    """
     path = directory / name
     temporary = path.with_name(path.name + _TEMPORARY)
     try:
-        _write_through(temporary, content)
+        action(temporary)
+        _sync(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     _sync_directory(path.parent)
-    return StoredFile(name, len(content), sha256(content).hexdigest())
 
 
 def read(directory: Path, stored: StoredFile) -> bytes:
@@ -312,6 +327,10 @@ def _write_through(path: Path, content: bytes) -> None:
     with path.open("wb") as file:
         file.write(content)
         file.flush()
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb+") as file:
         os.fsync(file.fileno())
 
 

@@ -50,6 +50,8 @@ MODULES = "tests/test_modules.py"
 ENGINE = "tests/test_engine.py"
 STORE = "tests/trajectory"
 SCORES = "tests/test_scores.py"
+DVEMB = "tests/estimators/test_dvemb.py"
+EMBEDDINGS = "tests/test_embeddings.py"
 QUERY = "tests/test_query.py"
 
 MUTATIONS = [
@@ -533,6 +535,112 @@ MUTATIONS = [
         "return self._rows(self._ranking())",
         "return self._rows(self._ranking(sign=-1))",
         SCORES,
+    ),
+    # ------------------------------------------------------------------ data value embeddings
+    Mutation(
+        "DVEmb: the other sign",
+        "estimators/dvemb.py",
+        "found.index_add_(0, places, -(step.slopes @ rows.T))",
+        "found.index_add_(0, places, step.slopes @ rows.T)",
+        DVEMB,
+    ),
+    Mutation(
+        "DVEmb: the last visit alone",
+        "estimators/dvemb.py",
+        "found.index_add_(0, places, -(step.slopes @ rows.T))",
+        "found[places] = -(step.slopes @ rows.T)",
+        DVEMB,
+    ),
+    Mutation(
+        "DVEmb: the empirical curvature forgets the samples' shares",
+        "estimators/projected.py",
+        "slopes, slopes / shares[:, None])",
+        "slopes, slopes)",
+        DVEMB,
+    ),
+    Mutation(
+        "DVEmb: accumulation is not in the samples' shares",
+        "estimators/projected.py",
+        "return 1.0 / (len(loss.samples) * loss.micro.divisor)",
+        "return 1.0 / len(loss.samples)",
+        DVEMB,
+    ),
+    Mutation(
+        "DVEmb: Gauss-Newton without the loss's curvature",
+        "estimators/projected.py",
+        "loss.samples, slopes, shares, along.flatten(0, 1), pushed.flatten(0, 1)",
+        "loss.samples, slopes, shares, along.flatten(0, 1), along.flatten(0, 1)",
+        DVEMB,
+    ),
+    Mutation(
+        "DVEmb: a layer's second call replaces its first",
+        "estimators/projected.py",
+        "found[name] = found[name] + value if name in found else value",
+        "found[name] = value",
+        DVEMB,
+    ),
+    Mutation(
+        "DVEmb: what no factors make up is left out",
+        "estimators/projected.py",
+        "return [n for n in self._projection.names if n in visit.map.used and n not in found]",
+        "return []",
+        DVEMB,
+    ),
+    Mutation(
+        "DVEmb: the padding token gets a gradient",
+        "estimators/projected.py",
+        "slopes = slopes * (call.inputs != call.padding)[None, :, :, None]",
+        "pass",
+        DVEMB,
+    ),
+    Mutation(
+        "projection: not scaled",
+        "estimators/projection.py",
+        "* (size / k) ** 0.5",
+        "* 1.0",
+        DVEMB,
+    ),
+    Mutation(
+        "ACC-DVEmb: no correction",
+        "estimators/acc_dvemb.py",
+        "factor = 1.0 + (step.slopes * along[spots]).sum(1) / step.shares",
+        "factor = 1.0 + 0.0 * step.shares",
+        DVEMB,
+    ),
+    Mutation(
+        "ACC-DVEmb: those that a window draws are carried as the others",
+        "estimators/acc_dvemb.py",
+        "whole[drawn.to(whole.device)] = part[: len(drawn)]",
+        "pass",
+        DVEMB,
+    ),
+    Mutation(
+        "embeddings: a checksum is not compared",
+        "embeddings_files.py",
+        'if checksum != document["sha256"]:',
+        "if False:",
+        EMBEDDINGS,
+    ),
+    Mutation(
+        "embeddings: the old document stays while the new is written",
+        "embeddings_files.py",
+        "    (directory / JSON_FILE).unlink(missing_ok=True)\n",
+        "",
+        EMBEDDINGS,
+    ),
+    Mutation(
+        "embeddings: those of another run are opened",
+        "embeddings.py",
+        'if content["trajectory"] != _fingerprint(run):',
+        "if False:",
+        EMBEDDINGS,
+    ),
+    Mutation(
+        "embeddings: those of a part of the run are opened",
+        "embeddings.py",
+        'if content["steps"] != len(run.walker):',
+        "if False:",
+        EMBEDDINGS,
     ),
 ]
 
