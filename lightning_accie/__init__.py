@@ -24,6 +24,7 @@ from lightning_accie.estimators import (
 from lightning_accie.explanation import Explanation
 from lightning_accie.groups import GroupScores
 from lightning_accie.replay.update_rules import UpdateRule, register_update_rule
+from lightning_accie.reports.html.page import write_report
 from lightning_accie.scores import InfluenceScores
 from lightning_accie.trajectory.reader import Trajectory
 
@@ -52,4 +53,5 @@ __all__ = [
     "UpdateRule",
     "__version__",
     "register_update_rule",
+    "write_report",
 ]
