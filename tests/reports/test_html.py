@@ -150,13 +150,14 @@ def test_the_lines_that_make_it_again_are_python(tmp_path: Path) -> None:
     info = {"query": "it's", "estimator": "auto", "at": "best", "top_k": 3, "verify": 4, "seed": 5}
     info["trajectory"] = str(tmp_path / "trajectory")
     found = page.commands.of(small_scores(info=info), tmp_path)
-    for _, lines in found:
+    assert found[0][1].splitlines()[0] == "lightning-accie show ."
+    for _, lines in found[1:]:
         compile(lines, "report", "exec")
-    again = found[1][1]
+    again = found[2][1]
     assert "InfluenceEngine('trajectory', model, datamodule)" in again
     assert "estimate(\"it's\", estimator='auto', at='best', top_k=3, verify=4, seed=5)" in again
     elsewhere = page.commands.of(small_scores(info=info), tmp_path / "other")
-    assert repr(str(tmp_path / "trajectory")) in elsewhere[1][1]
+    assert repr(str(tmp_path / "trajectory")) in elsewhere[2][1]
 
 
 def test_part_of_a_ranking_is_refused(tmp_path: Path) -> None:

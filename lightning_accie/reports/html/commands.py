@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lightning_accie.reports.words import clean
 from lightning_accie.scores import InfluenceScores
+from lightning_accie.scores_files import REPORT_FILE
 from lightning_accie.trajectory.files import FOLDER
 
 
@@ -21,11 +22,17 @@ def of(scores: InfluenceScores, directory: Path) -> list[tuple[str, str]]:
     """
     blocks = [
         (
+            "In a terminal, from this folder",
+            "lightning-accie show .\n"
+            "lightning-accie export . --csv ranking.csv\n"
+            f"lightning-accie report . -o {REPORT_FILE}",
+        ),
+        (
             "Read the ranking in Python, from this folder",
             "from lightning_accie import InfluenceScores\n\n"
             'scores = InfluenceScores.load(".")\n'
             "scores.top_harmful(10).to_pandas()",
-        )
+        ),
     ]
     if "trajectory" in scores.info:
         blocks.append(
