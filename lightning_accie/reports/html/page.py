@@ -39,7 +39,9 @@ class Card:
         place: its place among the most harmful, or helpful, ones.
         rank: its place in the whole ranking.
         influence: as a text.
-        how: how the influence is known, as a text.
+        exact: the exact influence as a text; empty where the sample was not replayed.
+        estimate: the estimate, as a text.
+        estimator: whose estimate the influence is; empty where it is exact.
         trusted: False where it is not to be relied on.
         visits: how often training drew it.
         shown: its picture, text and values.
@@ -50,7 +52,9 @@ class Card:
     place: int
     rank: int
     influence: str
-    how: str
+    exact: str
+    estimate: str
+    estimator: str
     trusted: bool
     visits: int
     shown: Shown
@@ -181,7 +185,7 @@ def _cards(top: InfluenceScores, shown: Mapping[int, Shown]) -> list[Card]:
             place=place + 1,
             rank=rank,
             influence=_signed(top.influence[place].item()),
-            how=_how(top, place),
+            **_known(top, place),
             trusted=bool(top.trusted[place]),
             visits=visits,
             shown=shown.get(index, Shown()),
@@ -193,11 +197,13 @@ def _cards(top: InfluenceScores, shown: Mapping[int, Shown]) -> list[Card]:
     ]
 
 
-def _how(top: InfluenceScores, place: int) -> str:
-    if not top.exact[place].isnan():
-        return f"exact; estimate {_signed(top.estimate[place].item())}"
-    name = top.estimator[place]
-    return f"estimate ({name})" if top.trusted[place] else f"estimate ({name}), not to be relied on"
+def _known(top: InfluenceScores, place: int) -> dict[str, Any]:
+    replayed = not top.exact[place].isnan()
+    return {
+        "exact": _signed(top.exact[place].item()) if replayed else "",
+        "estimate": _signed(top.estimate[place].item()),
+        "estimator": "" if replayed else top.estimator[place],
+    }
 
 
 def _facts(scores: InfluenceScores) -> Iterator[tuple[str, str]]:
