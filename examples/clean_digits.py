@@ -141,7 +141,9 @@ def main() -> None:
     console.print(f"By plain training loss: {flipped_by_loss} of {drop}.\n")
 
     compare(console, scores, train, test, len(worst), arguments.seeds)
-    console.print(f"\nRanking: {arguments.out / 'scores.csv'}")
+    console.print(
+        f"\nRanking: {arguments.out / 'scores.csv'}\nReport:  {arguments.out / 'report.html'}"
+    )
 
 
 def compare(

@@ -18,6 +18,7 @@ from lightning_accie.trajectory.sizes import parse_bytes
 RUNS = ("fit_end", "manual")
 CAPTURES = ("auto", "indices", "batches")
 ENDS = ("last", "best")
+REPORTS = ("full", "figures", "none")
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda")
 
 
@@ -185,6 +186,7 @@ _RULES: dict[str, _Rule] = {
     "describe": (_function, "a callable(sample) -> dict"),
     "loss_column": (_yes_or_no, "True or False"),
     "resume": (_yes_or_no, "True or False"),
+    "report": (_one_of(*REPORTS), f"one of {', '.join(map(repr, REPORTS))}"),
     "console": (_yes_or_no, "True or False"),
     "full_precision": (_yes_or_no, "True or False"),
     "seed": (_whole(0), "an integer of at least 0"),

@@ -23,6 +23,7 @@ from lightning_accie.progress import close_bar, progress_like
 from lightning_accie.query import QueryFunction
 from lightning_accie.replay.module import SampleLosses
 from lightning_accie.reports import report_all
+from lightning_accie.reports.html.beside import write_beside
 from lightning_accie.scores import InfluenceScores
 from lightning_accie.trajectory.files import FOLDER, MANIFEST
 from lightning_accie.trajectory.sizes import parse_bytes
@@ -73,6 +74,10 @@ class InfluenceCallback(CallbackBase):
             sample when `fit` starts.
         loss_column: whether to add each sample's training loss as the column ``loss``, which finds
             flipped labels better than any influence.
+        report: what ``report.html`` beside the scores shows: ``"full"``, with the pictures, texts and
+            values of the ``top_k`` strongest samples on each side (``examples.json`` keeps them too);
+            ``"figures"``, nothing of the samples but their numbers and the columns of ``describe=``;
+            or ``"none"`` to write neither file.
         console: whether to print the ranking when `fit` ends.
         full_precision: after mixed precision, whether the analysis runs without autocast; see
             `InfluenceEngine`.
@@ -112,6 +117,7 @@ class InfluenceCallback(CallbackBase):
         query_dataloader: Any = None,
         describe: Describe | None = None,
         loss_column: bool = False,
+        report: str = "full",
         console: bool = True,
         full_precision: bool = False,
         seed: int = 0,
@@ -135,6 +141,7 @@ class InfluenceCallback(CallbackBase):
             query_dataloader=query_dataloader,
             describe=describe,
             loss_column=loss_column,
+            report=report,
             console=console,
             full_precision=full_precision,
             seed=seed,
@@ -156,6 +163,7 @@ class InfluenceCallback(CallbackBase):
         self.query_dataloader = query_dataloader
         self.describe = describe
         self.loss_column = loss_column
+        self.report = report
         self.console = console
         self.full_precision = full_precision
         self.seed = seed
@@ -364,6 +372,9 @@ class InfluenceCallback(CallbackBase):
             )
         self.scores = scores  # before what may yet fail
         self._save(scores, directory)
+        if self.report != "none":
+            sample = engine.sample if self.report == "full" else None
+            write_beside(scores, directory, top_k=self.top_k, sample=sample)
         report_all(
             trainer.loggers,
             scores,

@@ -347,7 +347,8 @@ class InfluenceEngine:
                 ranking = Ranking(shared, seed, tell=rank_zero_info, layers=layers)
                 ranking.run(chosen, top_k=top_k, verify=verify)
                 kept.write() if ranking.interrupted else kept.remove()
-        return self._scores(replay, ranking, columns, value, estimator, layers, at, ladder)
+        scores = self._scores(replay, ranking, columns, value, estimator, layers, at, ladder)
+        return replace(scores, info={**scores.info, "top_k": top_k, "verify": verify, "seed": seed})
 
     def explain(
         self,

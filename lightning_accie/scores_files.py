@@ -27,6 +27,9 @@ from lightning_accie.trajectory.tensors import dump, load
 CSV_FILE = "scores.csv"
 TENSORS_FILE = "scores.safetensors"
 JSON_FILE = "scores.json"
+REPORT_FILE = "report.html"
+EXAMPLES_FILE = "examples.json"
+"""What a report shows of the strongest samples; beside the scores, and removed with them."""
 
 _DAMAGED = "Copy the directory again from where the scores were saved, or save them again."
 
@@ -62,7 +65,7 @@ def write_scores(
 
 
 def remove_scores(directory: Path) -> None:
-    """Delete what `write_scores` wrote, where it is there.
+    """Delete what `write_scores` wrote, where it is there, and the report that was made of it.
 
     Args:
         directory: where it is.
@@ -74,6 +77,8 @@ def remove_scores(directory: Path) -> None:
         JSON_FILE,
         TENSORS_FILE,
         CSV_FILE,
+        REPORT_FILE,
+        EXAMPLES_FILE,
     ):  # without the JSON the others count for nothing
         (directory / name).unlink(missing_ok=True)
 

@@ -49,6 +49,7 @@ CALLBACK: dict[str, list[Any]] = {
     "query_dataloader": LOADERS,
     "describe": FUNCTION,
     "loss_column": YES_NO,
+    "report": [None, True, False, "html"],
     "console": YES_NO,
     "full_precision": YES_NO,
     "seed": WHOLE,

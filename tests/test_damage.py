@@ -193,7 +193,7 @@ def test_there_are_several_files_of_each_kind(runs: tuple[Path, Path]) -> None:
     assert sum(name.startswith("steps-") for name in found) >= 3
     assert sum(name.startswith("checkpoints/") for name in found) >= 4
     assert names(runs[0]) == [
-        *("scores.csv", "scores.json", "scores.safetensors"),
+        *("examples.json", "report.html", "scores.csv", "scores.json", "scores.safetensors"),
         *(f"trajectory/{name}" for name in found),
     ]
 

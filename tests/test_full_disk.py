@@ -116,7 +116,9 @@ def test_a_disk_that_is_full_at_the_end_costs_no_ranking(tmp_path: Path) -> None
         words = "\n".join(str(warning.message) for warning in caught)
         assert "scores could not be saved" in words
         assert "report to CSVLogger is incomplete: OSError" in words
-        assert words.count("No space left") == 2
+        assert "examples.json, to make the report again with, was not written: OSError" in words
+        assert "report.html was not written: OSError" in words
+        assert words.count("No space left") == 4
         assert same_weights(trained, fit(tmp_path / "plain"))
         scores = influence.scores
         assert scores is not None

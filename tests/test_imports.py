@@ -22,12 +22,13 @@ ORDER = (
     ("accounts", "groups", "ranking", "scores_files", "embeddings_files", "unfinished"),
     ("scores",),
     ("embeddings", "explanation"),
-    ("progress", "reports", "described", "crew", "launch"),
+    ("progress", "reports", "described", "crew", "launch", "export", "comparison"),
     ("capture", "arguments"),
-    ("matching",),
+    ("matching", "doctor"),
     ("engine",),
     ("callback",),
-    ("__init__",),
+    ("cli",),
+    ("__init__", "__main__"),
 )
 """From the foundations up: a room may use its own floor and those below."""
 FLOOR = {room: floor for floor, rooms in enumerate(ORDER) for room in rooms}
@@ -68,3 +69,11 @@ def test_the_core_knows_nothing_of_lightning() -> None:
         and name.split(".")[0] in ("lightning", "pytorch_lightning")
     }
     assert found == {}
+
+
+def test_every_public_name_is_there() -> None:
+    for name in lightning_accie.__all__:
+        assert getattr(lightning_accie, name) is not None
+        assert name in dir(lightning_accie)
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        lightning_accie.nothing  # noqa: B018

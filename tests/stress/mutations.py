@@ -53,6 +53,9 @@ SCORES = "tests/test_scores.py"
 DVEMB = "tests/estimators/test_dvemb.py"
 EMBEDDINGS = "tests/test_embeddings.py"
 QUERY = "tests/test_query.py"
+PAGE = "tests/reports/test_html.py"
+BROWSER = "tests/reports/test_html_browser.py"
+CLI = "tests/test_cli.py"
 
 MUTATIONS = [
     # ------------------------------------------------------------------ capture
@@ -642,6 +645,91 @@ MUTATIONS = [
         "if False:",
         EMBEDDINGS,
     ),
+    # ------------------------------------------------------------------ the page, the command line
+    Mutation(
+        "the page rounds an influence twice",
+        "reports/html/table.py",
+        "_DIGITS = 3",
+        "_DIGITS = 4",
+        BROWSER,
+    ),
+    Mutation(
+        "an identifier is sent to the browser as a number that it rounds",
+        "reports/html/table.py",
+        "_EXACT_INTEGERS = 2**53",
+        "_EXACT_INTEGERS = 2**63",
+        PAGE,
+    ),
+    Mutation(
+        "the page sorts what is unknown as if it were 0",
+        "reports/html/assets/report.js",
+        "if (unknown(a) || unknown(b)) return",
+        "if (false) return",
+        BROWSER,
+    ),
+    Mutation(
+        "a filter is not combined with the others",
+        "reports/html/assets/report.js",
+        "asked.every((test) => test(row))",
+        "!asked.length || asked.some((test) => test(row))",
+        BROWSER,
+    ),
+    Mutation(
+        "texts of the user's are written as HTML",
+        "reports/html/page.py",
+        "autoescape=True",
+        "autoescape=False",
+        PAGE,
+    ),
+    Mutation(
+        "an address on the network passes for a picture",
+        "reports/html/samples.py",
+        "(picture and not _PICTURE.fullmatch(picture))",
+        "(picture and not isinstance(picture, str))",
+        PAGE,
+    ),
+    Mutation(
+        "the mean of a group is of what is not finite too",
+        "reports/html/figures.py",
+        "finite = values[np.isfinite(values)]",
+        "finite = values",
+        PAGE,
+    ),
+    Mutation(
+        "a report that fails ends the run",
+        "reports/html/beside.py",
+        "except Exception as error:",
+        "except ZeroDivisionError as error:",
+        PAGE,
+    ),
+    Mutation(
+        "an overwritten run keeps the earlier report",
+        "scores_files.py",
+        "        REPORT_FILE,\n        EXAMPLES_FILE,\n",
+        "",
+        PAGE,
+    ),
+    Mutation(
+        "what is refused ends with exit code 0",
+        "cli.py",
+        'finding.state == "refused"',
+        'finding.state == "nothing"',
+        CLI,
+    ),
+    Mutation(
+        "two rankings are matched by index where both have ids",
+        "comparison.py",
+        'return "sample_id" in one.columns and',
+        'return "sample_id" in one.info and',
+        CLI,
+    ),
+    Mutation(
+        "a replay that was not made is exported as NaN",
+        "export.py",
+        "None if math.isnan(figure) else figure",
+        "figure",
+        CLI,
+    ),
 ]
 
 
@@ -693,7 +781,7 @@ def copy_tree(target: Path) -> Path:
     for name in ("lightning_accie", "tests", "docs", "benchmarks", "examples"):
         if (ROOT / name).exists():
             shutil.copytree(ROOT / name, target / name, ignore=ignored)
-    for path in ROOT.glob("*.*"):
+    for path in (*ROOT.glob("*.*"), ROOT / "NOTICE"):
         if path.is_file():
             shutil.copy(path, target)
     return target

@@ -1,0 +1,1 @@
+"""``report.html``: the whole analysis in one file that opens from disk."""
