@@ -151,7 +151,7 @@ def test_ctrl_c_in_the_refinement_keeps_the_ranking(
     from lightning_accie.estimators.leave_one_out import LeaveOneOut
 
     monkeypatch.setattr("lightning_accie.estimators.chunks._LARGEST", 2)
-    replay, calls = LeaveOneOut.work, [0]
+    replay, calls = LeaveOneOut.carry, [0]
 
     def interrupted(*args: Any) -> Any:
         calls[0] += 1
@@ -159,7 +159,7 @@ def test_ctrl_c_in_the_refinement_keeps_the_ranking(
             raise KeyboardInterrupt
         return replay(*args)
 
-    monkeypatch.setattr(LeaveOneOut, "work", interrupted)
+    monkeypatch.setattr(LeaveOneOut, "carry", interrupted)
     scores = engine.estimate(estimator="sgd-ie", verify=8)
     assert scores.info["interrupted"] is True
     assert len(scores) == len(whole) == 24

@@ -179,7 +179,7 @@ from lightning_accie import unfinished
 unfinished.WRITE_EVERY = 0.0
 chunks.chunk_size = lambda *args: tests.CHUNK
 engine = tests.engine_in(Path({root!r}))
-replay, calls = LeaveOneOut.work, []
+replay, calls = LeaveOneOut.carry, []
 
 def dies(*args):
     calls.append(args)
@@ -187,7 +187,7 @@ def dies(*args):
         os.kill(os.getpid(), signal.SIGKILL)
     return replay(*args)
 
-LeaveOneOut.work = dies
+LeaveOneOut.carry = dies
 engine.estimate(estimator="leave-one-out")
 """
 
@@ -207,7 +207,7 @@ def test_a_killed_process_leaves_what_it_has_finished(
         progress=False,
     )
     seen: list[Any] = []
-    monkeypatch.setattr(LeaveOneOut, "carry", _noted(LeaveOneOut.work, seen))
+    monkeypatch.setattr(LeaveOneOut, "carry", _noted(LeaveOneOut.carry, seen))
     scores = engine.estimate(estimator="leave-one-out")
     assert len(seen) == 3  # of five
     same(engine.estimate(estimator="leave-one-out", resume=False), scores)
