@@ -16,6 +16,9 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from lightning_accie.agreement import Agreement
 from lightning_accie.groups import GroupScores, summed_by
+from lightning_accie.images import ReadSample
+from lightning_accie.notebook import html_of
+from lightning_accie.plots import plot
 from lightning_accie.scores_files import (
     JSON_FILE,
     ScoresError,
@@ -27,6 +30,7 @@ from lightning_accie.scores_files import (
 
 if TYPE_CHECKING:
     import pandas
+    from matplotlib.figure import Figure
 
 CSV_HEADER = ("rank", "index", "influence", "visits", "estimator", "exact_influence")
 
@@ -150,6 +154,10 @@ class InfluenceScores:
             f"{type(self).__name__}({len(self)} samples{query}: {len(self._harmful())} harmful, "
             f"{len(self._helpful())} helpful, {self.replayed} replayed exactly{trust})"
         )
+
+    def _repr_html_(self) -> str:
+        """The ends of the ranking as tables, for notebooks."""
+        return html_of(self)
 
     @property
     def replayed(self) -> int:
@@ -337,6 +345,27 @@ class InfluenceScores:
                 "to_pandas() needs pandas. Install it with `pip install 'lightning_accie[pandas]'`."
             ) from error
         return DataFrame(self.to_dict())
+
+    def plot(
+        self, kind: str = "histogram", *, sample: ReadSample | None = None, k: int = 10
+    ) -> Figure:
+        """Draw a figure with matplotlib.
+
+        Args:
+            kind: ``"histogram"`` of all influences; ``"agreement"``, estimates against exact replay;
+                ``"examples"``, the images of the strongest samples.
+            sample: reads a training sample by its index, for ``"examples"``:
+                ``dataset.__getitem__``, or `InfluenceEngine.sample`.
+            k: how many samples on each side, for ``"examples"``.
+
+        Returns:
+            The figure; ``figure.savefig(path)`` writes it.
+
+        Raises:
+            ImportError: if matplotlib is not installed.
+            ValueError: if there is no such kind, no exact replay to compare with, or no images.
+        """
+        return plot(self, kind, sample, _count(k))
 
     def to_csv(self, file: str | os.PathLike[str] | TextIO) -> None:
         """Write the table as CSV (RFC 4180, UTF-8).

@@ -7,9 +7,9 @@ from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
+from lightning_accie.images import ReadSample
 from lightning_accie.reports import csv, generic, tensorboard, wandb
 from lightning_accie.reports.console import print_report
-from lightning_accie.reports.media import ReadSample
 from lightning_accie.scores import InfluenceScores
 
 _READERS = {"CSVLogger": csv, "TensorBoardLogger": tensorboard, "WandbLogger": wandb}

@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning.fabric.utilities.cloud_io import get_filesystem
 
-from lightning_accie.reports.media import ReadSample
+from lightning_accie.images import ReadSample
 from lightning_accie.reports.metrics import scalars
 from lightning_accie.scores import InfluenceScores
 from lightning_accie.scores_files import CSV_FILE

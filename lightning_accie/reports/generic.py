@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning_accie.reports.media import ReadSample
+from lightning_accie.images import ReadSample
 from lightning_accie.reports.metrics import scalars
 from lightning_accie.scores import InfluenceScores
 

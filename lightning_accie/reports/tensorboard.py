@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from lightning_accie.images import ReadSample
 from lightning_accie.reports import words
-from lightning_accie.reports.media import ReadSample, pictures
+from lightning_accie.reports.media import pictures
 from lightning_accie.reports.metrics import scalars
 from lightning_accie.scores import InfluenceScores
 

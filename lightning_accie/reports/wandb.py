@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from lightning_accie.reports.media import ReadSample, pictures
+from lightning_accie.images import ReadSample
+from lightning_accie.reports.media import pictures
 from lightning_accie.reports.metrics import scalars
 from lightning_accie.scores import InfluenceScores
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
+from lightning_accie.images import as_image
 from lightning_accie.reports import media
-from lightning_accie.reports.media import as_image, pictures
+from lightning_accie.reports.media import pictures
 
 Pair = namedtuple("Pair", ["image", "label"])
 

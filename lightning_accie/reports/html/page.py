@@ -16,11 +16,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from lightning_accie.agreement import Agreement
+from lightning_accie.images import ReadSample
 from lightning_accie.reports import words
 from lightning_accie.reports.html import commands, figures
 from lightning_accie.reports.html.samples import Shown, show_samples
 from lightning_accie.reports.html.table import table
-from lightning_accie.reports.media import ReadSample
 from lightning_accie.scores import InfluenceScores
 from lightning_accie.scores_files import CSV_FILE
 from lightning_accie.trajectory.files import write

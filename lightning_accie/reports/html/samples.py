@@ -24,8 +24,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_accie.errors import InfluenceError
+from lightning_accie.images import ReadSample, as_image
 from lightning_accie.replay import random_state
-from lightning_accie.reports.media import ReadSample, as_image
 from lightning_accie.reports.words import clean
 from lightning_accie.scores_files import EXAMPLES_FILE
 from lightning_accie.trajectory.files import read_regular, write

@@ -1,0 +1,116 @@
+"""Figures of a ranking, for notebooks and papers; by matplotlib."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lightning_accie.images import ReadSample, as_image
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from lightning_accie.scores import InfluenceScores
+
+KINDS = ("histogram", "agreement", "examples")
+_HARM, _HELP = "#b3261e", "#1b6e3c"
+_COLUMNS = 5
+
+
+def plot(scores: InfluenceScores, kind: str, sample: ReadSample | None, k: int) -> Figure:
+    """Draw a figure; see `InfluenceScores.plot`.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ImportError: if matplotlib is not installed.
+        ValueError: if there is no such kind, or nothing to draw.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "plot() needs matplotlib. Install it with `pip install 'lightning_accie[plot]'`."
+        ) from error
+    if kind == "examples":
+        return _examples(scores, sample, k, Figure)
+    figure = Figure(figsize=(5.5, 3.6) if kind == "histogram" else (4.4, 4.2), layout="constrained")
+    if kind == "histogram":
+        _histogram(scores, figure.subplots())
+    elif kind == "agreement":
+        _agreement(scores, figure.subplots())
+    else:
+        known = ", ".join(map(repr, KINDS))
+        raise ValueError(f"`kind` must be one of {known}, got {kind!r}.")
+    return figure
+
+
+def _unit(scores: InfluenceScores) -> str:
+    return str(scores.info.get("query", "the query"))
+
+
+def _histogram(scores: InfluenceScores, axes: Axes) -> None:
+    values = scores.influence[scores.influence.isfinite()].numpy()
+    edges = np.histogram_bin_edges(values, bins=60).tolist()
+    axes.hist(values[values < 0], edges, color=_HARM, label=f"harms ({(values < 0).sum()})")
+    axes.hist(values[values >= 0], edges, color=_HELP, label=f"helps ({(values > 0).sum()})")
+    axes.set_yscale("symlog", linthresh=1)
+    axes.set(xlabel=f"influence on {_unit(scores)}", ylabel="training samples")
+    axes.axvline(0, color="0.4", linewidth=0.8)
+    axes.legend(frameon=False)
+
+
+def _agreement(scores: InfluenceScores, axes: Axes) -> None:
+    both = (scores.exact.isfinite() & scores.estimate.isfinite()).numpy()
+    if not both.any():
+        raise ValueError(
+            "No sample was replayed exactly, so there is nothing to compare the estimates with: use "
+            "`verify=` above 0."
+        )
+    estimate, exact = scores.estimate.numpy()[both], scores.exact.numpy()[both]
+    axes.axline((0, 0), slope=1, color="0.6", linewidth=0.8, linestyle="--")
+    axes.scatter(estimate, exact, s=16, c=np.where(exact < 0, _HARM, _HELP))
+    axes.set(xlabel="estimated influence", ylabel="by exact replay")
+    main = scores.main_agreement
+    if main is not None:
+        axes.set_title(
+            f"{main.estimator}, {main.count} samples: τ {main.kendall_tau:.2f}, "
+            f"relative RMSE {main.relative_rmse:.2f}",
+            fontsize="medium",
+        )
+
+
+def _examples(scores: InfluenceScores, sample: ReadSample | None, k: int, make: Any) -> Figure:
+    if sample is None:
+        raise ValueError(
+            '`plot("examples")` needs the samples: pass `sample=dataset.__getitem__`, or an engine\'s '
+            "`sample`."
+        )
+    sides = [("harmful", scores.top_harmful(k)), ("helpful", scores.top_helpful(k))]
+    sides = [(name, top) for name, top in sides if len(top)]
+    images = [[as_image(sample(index)) for index in top.index.tolist()] for _, top in sides]
+    if not any(image is not None for row in images for image in row):
+        raise ValueError("The samples hold no images; `to_pandas()` shows their columns.")
+    lines = [-(-len(row) // _COLUMNS) for row in images]
+    size = (1.5 * _COLUMNS, 1.9 * sum(lines) + 0.5 * len(lines))
+    figure: Figure = make(figsize=size, layout="constrained")
+    parts = figure.subfigures(len(sides), 1, height_ratios=lines, squeeze=False)[:, 0]
+    for part, (name, top), row, count in zip(parts, sides, images, lines, strict=True):
+        part.suptitle(f"Most {name}", fontsize="medium")
+        grid = part.subplots(count, _COLUMNS, squeeze=False).ravel()
+        for place, axes in enumerate(grid):
+            axes.axis("off")
+            if place < len(row):
+                _example(axes, top, place, row[place])
+    return figure
+
+
+def _example(axes: Axes, top: InfluenceScores, place: int, image: np.ndarray | None) -> None:
+    if image is not None:
+        axes.imshow(image.squeeze(), cmap="gray" if image.shape[-1] == 1 else None)
+    label = top.columns.get("label")
+    text = f"{int(top.index[place])}" + ("" if label is None else f" · {label[place]}")
+    axes.set_title(f"{text}\n{float(top.influence[place]):+.2g}", fontsize="small")
