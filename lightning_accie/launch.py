@@ -13,7 +13,7 @@ import torch
 from lightning.fabric import Fabric
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
-from lightning_accie.processes import Processes
+from lightning_accie.processes import ProcessEndedError, Processes
 from lightning_accie.scores import InfluenceScores
 
 STRATEGIES = ("auto", "ddp_fork", "ddp_spawn", "ddp_notebook")
@@ -92,7 +92,8 @@ def _run(
         if processes.first:
             scores.save(exchange)
     except BaseException as error:
-        if processes.first:
+        # That another one has ended, the launching process says itself, and how to go on.
+        if processes.first and not isinstance(error, ProcessEndedError):
             (exchange / _ERROR).write_bytes(pickle.dumps(error))
         raise
     processes.close()

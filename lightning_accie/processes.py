@@ -180,6 +180,10 @@ class Processes:
         return box[0]
 
 
+class ProcessEndedError(RuntimeError):
+    """Another process of the run can no longer be talked to."""
+
+
 def _portable(error: BaseException, rank: int) -> BaseException:
     """The error as another process may raise it."""
     if type(error).__module__ == InfluenceError.__module__ or isinstance(error, KeyboardInterrupt):
@@ -195,7 +199,7 @@ def _talking() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise RuntimeError(
+        raise ProcessEndedError(
             "Another process of this run has ended, or cannot be reached, so the influence of its "
             f"samples will not be known. See what it printed. ({error})"
         ) from error
