@@ -153,7 +153,7 @@ def linear_datamodelling_score(influence: Tensor, sets: Tensor, effects: Tensor)
     Example:
         >>> influence = torch.tensor([1.0, 2.0, -4.0])
         >>> sets = torch.tensor([[True, True, False], [False, True, True], [True, False, False]])
-        >>> linear_datamodelling_score(influence, sets, torch.tensor([2.5, -1.0, 0.9]))
+        >>> round(linear_datamodelling_score(influence, sets, torch.tensor([2.5, -1.0, 0.9])), 3)
         1.0
     """
     if sets.dim() != 2 or sets.shape != (len(effects), len(influence)) or effects.dim() != 1:

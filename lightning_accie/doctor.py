@@ -24,6 +24,7 @@ PACKAGE = "lightning_accie"
 _EXTRAS = {
     "report": "pictures in report.html",
     "parquet": "export to Parquet",
+    "plot": "InfluenceScores.plot",
     "pandas": "InfluenceScores.to_pandas",
     "tensorboard": "reports to TensorBoard",
     "wandb": "reports to W&B",
@@ -205,16 +206,29 @@ def _checked(what: str, check: Callable[[], None]) -> Finding:
 
 def _quiet_trainer(module: Any) -> Any:
     library = import_module(_namespace(module))
-    for name in ("lightning.pytorch", "pytorch_lightning"):  # which devices there are is told below
-        logging.getLogger(f"{name}.utilities.rank_zero").setLevel(logging.WARNING)
-    return library.Trainer(
-        accelerator="cpu",
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    with _without_announcements():  # which devices there are is told below
+        return library.Trainer(
+            accelerator="cpu",
+            devices=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+
+
+@contextmanager
+def _without_announcements() -> Iterator[None]:
+    names = ("lightning.pytorch", "pytorch_lightning")
+    loggers = [logging.getLogger(f"{name}.utilities.rank_zero") for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _namespace(found: Any) -> str:
