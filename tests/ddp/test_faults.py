@@ -109,7 +109,7 @@ def test_a_killed_rank_leaves_what_both_have(faulty: Path) -> None:
 
 def test_who_waits_for_a_killed_analysis_learns_of_it(whole: Path) -> None:
     told = json.loads((whole / "killed-in-analysis-1.json").read_text())
-    assert told["error"] == "RuntimeError"
+    assert told["error"] == "ProcessEndedError"  # a RuntimeError
     assert "process of this run has ended" in told["message"]
     trajectory = Trajectory.open(whole / "killed-in-analysis" / "trajectory")
     assert (trajectory.status, len(trajectory)) == ("finished", 9)

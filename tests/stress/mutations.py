@@ -56,6 +56,8 @@ QUERY = "tests/test_query.py"
 PAGE = "tests/reports/test_html.py"
 BROWSER = "tests/reports/test_html_browser.py"
 CLI = "tests/test_cli.py"
+EXPLAIN = "tests/test_explain.py"
+GROUPS = "tests/test_groups.py"
 
 MUTATIONS = [
     # ------------------------------------------------------------------ capture
@@ -729,6 +731,49 @@ MUTATIONS = [
         "None if math.isnan(figure) else figure",
         "figure",
         CLI,
+    ),
+    # ------------------------------------------------------------------ many queries, groups
+    Mutation(
+        "explain: the order of micro-batches is turned round",
+        "replay/many.py",
+        "gammas = by_weight[::-1] or",
+        "gammas = by_weight or",
+        EXPLAIN,
+    ),
+    Mutation(
+        "explain: one query's Hessian product goes to all",
+        "replay/tape.py",
+        "return [self._named([value[place] for value in found]) for place in range(len(pairs))]",
+        "return [self._named([value[0] for value in found]) for place in range(len(pairs))]",
+        EXPLAIN,
+    ),
+    Mutation(
+        "explain: a wrong rule for many is used all the same",
+        "replay/many.py",
+        "return all(_alike(one, other) for one, other in leaves)",
+        "return all(True for one, other in leaves)",
+        EXPLAIN,
+    ),
+    Mutation(
+        "explain: verification draws the weakest",
+        "explanation.py",
+        "torch.argsort(largest, descending=True, stable=True)",
+        "torch.argsort(largest, descending=False, stable=True)",
+        EXPLAIN,
+    ),
+    Mutation(
+        "groups: a set begins where its last member is drawn",
+        "estimators/sets.py",
+        "first = torch.where(drawn, replay.first, never).amin(1)",
+        "first = torch.where(drawn, replay.first, -1).amax(1)",
+        GROUPS,
+    ),
+    Mutation(
+        "groups: figures stand in the order of the walk",
+        "estimators/sets.py",
+        "influence[part], trusted[part] = found.influence, found.trusted",
+        "influence[part.sort().values], trusted[part] = found.influence, found.trusted",
+        GROUPS,
     ),
 ]
 
