@@ -123,6 +123,10 @@ def test_blocks_and_vectorised_passes_change_nothing(
     assert len(calls) == 4 * len(engine.trajectory)
     monkeypatch.setattr(room, "may_batch", lambda *args: False)
     one_by_one = engine.explain(batch(), verify=0)
+    x, y = batch()
+    one = DataLoader(TensorDataset(x[2:3], y[2:3]))
+    alone = engine.estimate(query_dataloader=one, estimator="sgd-ie", verify=0)
+    torch.testing.assert_close(whole.influence[2], alone.influence, rtol=1e-9, atol=1e-14)
     for other in (blocks, one_by_one):
         torch.testing.assert_close(other.influence, whole.influence, rtol=1e-10, atol=1e-15)
 
