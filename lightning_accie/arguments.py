@@ -185,6 +185,8 @@ _RULES: dict[str, _Rule] = {
     "query_dataloader": (_loaders, "a DataLoader, or a collection of them"),
     "describe": (_function, "a callable(sample) -> dict"),
     "loss_column": (_yes_or_no, "True or False"),
+    "exact": (_yes_or_no, "True or False"),
+    "acc": (_yes_or_no, "True or False"),
     "resume": (_yes_or_no, "True or False"),
     "report": (_one_of(*REPORTS), f"one of {', '.join(map(repr, REPORTS))}"),
     "console": (_yes_or_no, "True or False"),

@@ -22,7 +22,7 @@ from lightning_accie.data import set_up, training_loaders, validation_loaders
 from lightning_accie.described import Describe, described
 from lightning_accie.embeddings import Ask, EmbeddingStore
 from lightning_accie.errors import QueryError, TrajectoryError
-from lightning_accie.estimators import Estimator, resolve_estimator
+from lightning_accie.estimators import AccSgdIE, Estimator, SgdIE, resolve_estimator
 from lightning_accie.estimators.base import Alone, NoProgress, Progress, Replay, Unasked
 from lightning_accie.estimators.dvemb import EmbeddingEstimator
 from lightning_accie.estimators.layers import Layers, layers_to_json
@@ -329,12 +329,7 @@ class InfluenceEngine:
         chosen = resolve_estimator(estimator, layers)
         with random_state.isolated(self._cuda), torch.compiler.set_stance("force_eager"):
             replay = self._replay(query, query_dataloader, at)
-            value = replay.query.value(replay.final.state.visible)
-            if not np.isfinite(value):
-                raise QueryError(
-                    f"`{replay.query.name}` is {value} at the end of the run, so nothing can be "
-                    f"ranked by it: {why_not_finite(self.trajectory, replay)}"
-                )
+            value = self._finite(replay)
             ladder = choose_ways(replay)
             tell = rank_zero_info if ladder.reasons else rank_zero_debug
             tell(f"Influence analysis: {ladder.sentence()}")
@@ -366,7 +361,7 @@ class InfluenceEngine:
 
         Every sample of ``batch`` is a query of its own. SGD-IE and TracIn walk the run once for a block
         of queries; ACC-SGD-IE and exact replay carry each training sample once, whatever the number of
-        queries. It is computed by this process alone.
+        queries. It is computed by this process alone, and begins anew when it was interrupted.
 
         Args:
             batch: as ``validation_step`` takes it; or a DataLoader, whose batches are the queries.
@@ -411,13 +406,14 @@ class InfluenceEngine:
         batches = one_by_one(batch)
         with random_state.isolated(self._cuda), torch.compiler.set_stance("force_eager"):
             replay = self._replay(query, batches, at)
-            choose_ways(replay)
-            check_derivatives(chosen.probe, next(replay.walker.forwards()))
-            columns = self._columns(replay, describe, loss_column=False)
             assert isinstance(replay.query, ModuleQuery)
             queries = replay.query.each()
             if not queries:
                 raise QueryError("The DataLoader given to `explain` has no batch.")
+            self._finite(replay)
+            choose_ways(replay)
+            check_derivatives(chosen.probe, next(replay.walker.forwards()))
+            columns = self._columns(replay, describe, loss_column=False)
             found = explain(replay, queries, chosen, verify=verify, seed=seed)
         places = replay.positions(found.index).tolist()
         own = {name: [column[i] for i in places] for name, column in columns.items()}
@@ -435,7 +431,7 @@ class InfluenceEngine:
     ) -> GroupScores:
         """Find what leaving out each group of training samples at once would do.
 
-        It is computed by this process alone.
+        It is computed by this process alone, and begins anew when it was interrupted.
 
         Args:
             groups: a mapping from names to sample indices, in which groups may overlap; a name for
@@ -457,14 +453,27 @@ class InfluenceEngine:
             ValueError: if an argument has a wrong type or value, or a group has no sample that was
                 drawn.
         """
-        check_engine_arguments(query=query, query_dataloader=query_dataloader)
+        check_engine_arguments(query=query, query_dataloader=query_dataloader, exact=exact, acc=acc)
         with random_state.isolated(self._cuda), torch.compiler.set_stance("force_eager"):
             replay = self._replay(query, query_dataloader, at)
             sizes = [loader["samples"] for loader in self.trajectory.header["loaders"]]
             length = sum(sizes) if sizes and all(sizes) else None
             names, sets = members_of(groups, replay, self.sample, length)
+            self._finite(replay)
             choose_ways(replay)
+            for estimator in (SgdIE(), *([AccSgdIE()] if acc else [])):
+                check_derivatives(estimator.probe, next(replay.walker.forwards()))
             return group_scores(replay, names, sets, exact=exact, acc=acc)
+
+    def _finite(self, replay: Replay) -> float:
+        """The query's value, which must be a number to rank anything by."""
+        value = replay.query.value(replay.final.state.visible)
+        if not np.isfinite(value):
+            raise QueryError(
+                f"`{replay.query.name}` is {value} at the end of the run, so nothing can be "
+                f"ranked by it: {why_not_finite(self.trajectory, replay)}"
+            )
+        return value
 
     # ------------------------------------------------------------------ embeddings
 

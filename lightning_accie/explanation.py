@@ -37,6 +37,8 @@ class Explanation:
         exact: ``[Q, n]`` float64, by exact replay; NaN where there was none. One replay without a
             sample answers all queries.
         value: ``[Q]`` float64, q itself: the loss of each prediction.
+        trusted: ``[Q, n]`` bool, False where the estimator said that its figure is not to be relied on
+            and no exact replay replaced it, or the run without the sample is no longer finite.
         visits: ``[n]`` int64, how often training drew the sample.
         estimator: whose estimate it is.
         query: the query's name.
@@ -53,6 +55,7 @@ class Explanation:
     estimate: Tensor
     exact: Tensor
     value: Tensor
+    trusted: Tensor
     visits: Tensor
     estimator: str
     query: str
@@ -95,7 +98,7 @@ class Explanation:
             visits=self.visits,
             exact=exact,
             estimator=tuple(LeaveOneOut.name if known else self.estimator for known in replayed),
-            trusted=self.influence[query].isfinite(),
+            trusted=self.trusted[query],
             agreement=self.agreement[query : query + 1 or None],
             columns=self.columns,
             info={"query": self.query, "query_value": float(self.value[query])},
@@ -118,30 +121,33 @@ def explain(
     Returns:
         The explanation, without columns.
     """
-    samples, estimate = per_query(estimator, replay, queries)
+    first = per_query(estimator, replay, queries)
+    estimate, trusted = first.influence, first.trusted.clone()
     exact = torch.full_like(estimate, float("nan"))
-    if estimator.name == LeaveOneOut.name:
+    truth = first if estimator.name == LeaveOneOut.name else None
+    if truth is not None:
         exact = estimate.clone()
     elif verify:
         chosen = _to_verify(estimate, verify, seed)
-        exact[:, chosen] = per_query(LeaveOneOut(samples[chosen]), replay, queries)[1]
+        truth = per_query(LeaveOneOut(first.samples[chosen]), replay, queries)
+        exact[:, chosen], trusted[:, chosen] = truth.influence, truth.trusted
     exact[~exact.isfinite()] = float("nan")
     at = replay.final.state.visible
-    replayed = not bool(exact[:1].isnan().all()) and estimator.name != LeaveOneOut.name
     return Explanation(
-        index=samples,
+        index=first.samples,
         influence=torch.where(exact.isnan(), estimate, exact),
         estimate=estimate,
         exact=exact,
         value=torch.tensor([query.value(at) for query in queries], dtype=torch.float64),
-        visits=replay.visits[replay.positions(samples)],
+        trusted=trusted,
+        visits=replay.visits[replay.positions(first.samples)],
         estimator=estimator.name,
         query=queries[0].name,
         agreement=tuple(
-            measure(one, truth, estimator=estimator.name)
-            for one, truth in zip(estimate, exact, strict=True)
+            measure(one, known, estimator=estimator.name, noise_floor=noise)
+            for one, known, noise in zip(estimate, exact, truth.noise, strict=True)
         )
-        if replayed
+        if truth is not None and truth is not first
         else (),
     )
 

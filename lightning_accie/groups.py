@@ -17,6 +17,7 @@ from lightning_accie.estimators.base import Replay
 from lightning_accie.estimators.leave_one_out import LeaveOneOut
 from lightning_accie.estimators.sets import leave_out
 from lightning_accie.estimators.sgd_ie import SgdIE
+from lightning_accie.scores_files import data_frame
 
 if TYPE_CHECKING:
     import pandas
@@ -111,13 +112,7 @@ class GroupScores:
         Raises:
             ImportError: if pandas is not installed.
         """
-        try:
-            from pandas import DataFrame
-        except ImportError as error:
-            raise ImportError(
-                "to_pandas() needs pandas. Install it with `pip install 'lightning_accie[pandas]'`."
-            ) from error
-        return DataFrame(self.to_dict())
+        return data_frame(self.to_dict())
 
 
 def group_scores(

@@ -23,6 +23,7 @@ from lightning_accie.scores_files import (
     JSON_FILE,
     ScoresError,
     csv_text,
+    data_frame,
     read_scores,
     write_scores,
     write_table,
@@ -338,13 +339,7 @@ class InfluenceScores:
         Raises:
             ImportError: if pandas is not installed.
         """
-        try:
-            from pandas import DataFrame
-        except ImportError as error:
-            raise ImportError(
-                "to_pandas() needs pandas. Install it with `pip install 'lightning_accie[pandas]'`."
-            ) from error
-        return DataFrame(self.to_dict())
+        return data_frame(self.to_dict())
 
     def plot(
         self, kind: str = "histogram", *, sample: ReadSample | None = None, k: int = 10

@@ -15,7 +15,7 @@ import io
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -23,6 +23,9 @@ from lightning_accie.errors import InfluenceError
 from lightning_accie.trajectory.files import read_regular, write
 from lightning_accie.trajectory.sealed import Seal
 from lightning_accie.trajectory.tensors import dump, load
+
+if TYPE_CHECKING:
+    import pandas
 
 CSV_FILE = "scores.csv"
 TENSORS_FILE = "scores.safetensors"
@@ -81,6 +84,27 @@ def remove_scores(directory: Path) -> None:
         EXAMPLES_FILE,
     ):  # without the JSON the others count for nothing
         (directory / name).unlink(missing_ok=True)
+
+
+def data_frame(table: Mapping[str, Any]) -> pandas.DataFrame:
+    """Make a data frame of a table.
+
+    Args:
+        table: columns by name.
+
+    Returns:
+        One row an entry.
+
+    Raises:
+        ImportError: if pandas is not installed.
+    """
+    try:
+        from pandas import DataFrame
+    except ImportError as error:
+        raise ImportError(
+            "to_pandas() needs pandas. Install it with `pip install 'lightning_accie[pandas]'`."
+        ) from error
+    return DataFrame(table)
 
 
 def csv_text(table: Mapping[str, Sequence[Any]]) -> str:

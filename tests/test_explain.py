@@ -174,6 +174,36 @@ def test_verification_answers_all_queries(tmp_path: Path) -> None:
         found.scores(5)
 
 
+def test_marks_and_noise_are_those_of_each_query_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engine_of(tmp_path, Classifier(smooth_net(), sgd()))
+    x, y = batch()
+    change = AccSgdIE().estimate(engine.replay()).extras["relative_change"]
+    monkeypatch.setattr("lightning_accie.estimators.acc_sgd_ie.BLOW_UP", float(change.median()))
+    found = engine.explain([x, y], estimator="acc-sgd-ie", verify=4)
+    one = DataLoader(TensorDataset(x[:1], y[:1]))
+    alone = engine.estimate(query_dataloader=one, estimator="acc-sgd-ie", verify=0)
+    replayed = ~found.exact[0].isnan()
+    assert 0 < int(alone.trusted.sum()) < 24
+    assert bool(found.trusted[0, replayed].all())
+    assert torch.equal(found.trusted[0, ~replayed], alone.trusted[~replayed])
+    assert torch.equal(found.scores(0).trusted, found.trusted[0])
+    assert all(0 < one.noise_floor < 1e-12 for one in found.agreement)
+
+
+def test_a_query_that_is_no_number(tmp_path: Path) -> None:
+    engine = engine_of(tmp_path, Classifier(smooth_net(), sgd()))
+
+    def lost(module: Any, batch: Any) -> Tensor:
+        return module.net(batch[0]).sum() * float("nan")
+
+    with pytest.raises(QueryError, match="nothing can be ranked by it"):
+        engine.explain(batch(), lost)
+    with pytest.raises(QueryError, match="nothing can be ranked by it"):
+        engine.groups({"some": [1, 2]}, lost)
+
+
 def test_a_dataloader_gives_a_query_a_batch(tmp_path: Path) -> None:
     engine = engine_of(tmp_path, Classifier(smooth_net(), sgd()))
     x, y = batch(6)

@@ -14,7 +14,7 @@ that share the run's forward passes and the graphs of its gradients.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from lightning_accie.errors import UnsupportedError
 from lightning_accie.estimators.base import Estimator, Query, Replay
 from lightning_accie.estimators.chunks import ChunkedEstimator, activation_bytes, choose
 from lightning_accie.estimators.layers import followed, with_names
-from lightning_accie.estimators.sgd_ie import SgdIE, at_the_end
+from lightning_accie.estimators.sgd_ie import SgdIE, at_the_end, no_larger_than_the_run
 from lightning_accie.replay.many import may_batch, vjp_many
 from lightning_accie.replay.part import part_of
 from lightning_accie.replay.state import State
@@ -33,9 +33,24 @@ LARGEST_BLOCK = 64
 """Queries whose cotangents go back together at most."""
 
 
-def per_query(
-    estimator: Estimator, replay: Replay, queries: Sequence[Query]
-) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class PerQuery:
+    """What an estimator found for Q queries.
+
+    Attributes:
+        samples: ``[n]`` int64, sample numbers, ascending.
+        influence: ``[Q, n]`` float64 (method: section 2).
+        trusted: ``[Q, n]`` bool, False where the figure is not to be relied on.
+        noise: of each query, the size of the rounding error; NaN where it does not matter.
+    """
+
+    samples: Tensor
+    influence: Tensor
+    trusted: Tensor
+    noise: tuple[float, ...]
+
+
+def per_query(estimator: Estimator, replay: Replay, queries: Sequence[Query]) -> PerQuery:
     """Estimate the influence of samples on each of several queries.
 
     Args:
@@ -44,18 +59,18 @@ def per_query(
         queries: Q of them.
 
     Returns:
-        ``[n]`` sample numbers, ascending, and ``[Q, n]`` float64 influences (method: section 2).
+        The influences, marked as `Estimate` marks them.
 
     Raises:
         UnsupportedError: for another estimator, by its name.
     """
     check_per_query(estimator)
     if isinstance(estimator, SgdIE):
-        return replay.samples, _backwards(with_names(estimator, replay.trainable), replay, queries)
+        return _backwards(with_names(estimator, replay.trainable), replay, queries)
     assert isinstance(estimator, ChunkedEstimator)
     estimator = with_names(estimator, replay.trainable)
     samples = choose(replay, estimator.candidates, estimator.layers)
-    return samples, _forwards(estimator, replay, queries, samples)
+    return _forwards(estimator, replay, queries, samples)
 
 
 def check_per_query(estimator: Estimator) -> None:
@@ -76,11 +91,13 @@ def check_per_query(estimator: Estimator) -> None:
 
 def _forwards(
     estimator: ChunkedEstimator, replay: Replay, queries: Sequence[Query], samples: Tensor
-) -> Tensor:
+) -> PerQuery:
     """One walk for every chunk of samples, whatever the number of queries."""
-    found = torch.zeros(len(queries), len(samples), dtype=torch.float64)
+    influence = torch.zeros(len(queries), len(samples), dtype=torch.float64)
+    trusted = torch.ones_like(influence, dtype=torch.bool)
+    noise = [float("nan")] * len(queries)
     if not len(samples):
-        return found
+        return PerQuery(samples, influence, trusted, tuple(noise))
     parts = estimator.split(replay, samples)
     title = f"{estimator.title.format(len(samples))}, {len(queries)} queries"
     with replay.progress.task(title, len(parts) * len(replay.walker)) as advance:
@@ -90,32 +107,38 @@ def _forwards(
             columns = torch.searchsorted(samples, part)
             for row, query in enumerate(queries):
                 asked = replace(replay, query=query)
-                figures = estimator.measure(asked, carried)
-                found[row, columns] = estimator.found(asked, part, figures).influence
-    return found
+                found = estimator.found(asked, part, estimator.measure(asked, carried))
+                influence[row, columns], trusted[row, columns] = found.influence, found.trusted
+                noise[row] = max(found.noise, noise[row])  # NaN in the second place loses
+    return PerQuery(samples, influence, trusted, tuple(noise))
 
 
-def _backwards(estimator: SgdIE, replay: Replay, queries: Sequence[Query]) -> Tensor:
+def _backwards(estimator: SgdIE, replay: Replay, queries: Sequence[Query]) -> PerQuery:
     """One walk for every block of queries, whatever the number of samples."""
     names = followed(estimator.layers, replay.trainable)
     size = _block(replay, replay.final.state.only(names))
     blocks = [queries[begin : begin + size] for begin in range(0, len(queries), size)]
     title = f"{estimator.name}: every sample, {len(queries)} queries"
     found = []
+    batched: bool | None = None if len(queries) > 1 and estimator.curvature else False
     with replay.progress.task(title, len(blocks) * len(replay.walker)) as advance:
         for block in blocks:
             cotangents = [at_the_end(replace(replay, query=query), names) for query in block]
             influence = torch.zeros(len(block), replay.span, dtype=torch.float64)
-            batched: bool | None = None if len(block) > 1 and estimator.curvature else False
             for visit in replay.walker.backwards():
                 part = part_of(visit, names)
-                if batched is None and part.map.used:
+                if batched is None and len(block) > 1 and part.map.used:
                     batched = may_batch(part.map, part.state, cotangents[:2])
                 cotangents, by_weight = _pull(estimator, part, cotangents, batched=bool(batched))
                 influence.index_add_(1, part.map.samples, -by_weight.double().cpu())
                 advance(1)
             found.append(influence[:, replay.samples])
-    return torch.cat(found)
+    influence = torch.cat(found)
+    trusted = influence.isfinite()
+    if estimator.curvature:
+        for row, query in enumerate(queries):
+            trusted[row] &= no_larger_than_the_run(replace(replay, query=query), influence[row])
+    return PerQuery(replay.samples, influence, trusted, (float("nan"),) * len(queries))
 
 
 def _pull(
