@@ -134,7 +134,7 @@ def stored() -> str:
     x, y = mnist_like(IMAGES + QUERIES)
     train = DataLoader(TensorDataset(x[:IMAGES], y[:IMAGES]), 100, shuffle=True)
     val = DataLoader(TensorDataset(x[IMAGES:], y[IMAGES:]), 250)
-    few = DataLoader(TensorDataset(x[-100:], y[-100:]), 100)
+    few = DataLoader(TensorDataset(x[-100:], y[-100:]), 1)
 
     def make() -> Classifier:
         torch.manual_seed(0)
@@ -154,7 +154,7 @@ def stored() -> str:
         query = min(seconds(store.scores) for _ in range(3))
         product = torch.randn(1, store.embeddings.projection.size)
         alone = min(seconds(lambda s=store, p=product: s.embeddings.products(p)) for _ in range(3))
-        each = seconds(lambda s=store: s.explain(query_dataloader=few))
+        each = seconds(lambda s=store: s.explain(few))
         values = {
             "embedding every sample": f"{took:.1f} fits",
             f"on disk, {store.embeddings.projection.size} coordinates": f"{size / 1e6:.0f} MB",

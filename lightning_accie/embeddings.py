@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_accie.accounts import account_of
 from lightning_accie.embeddings_files import (
@@ -26,6 +24,7 @@ from lightning_accie.estimators.dvemb import EmbeddingEstimator
 from lightning_accie.estimators.embeddings import Embeddings
 from lightning_accie.estimators.projection import Projection
 from lightning_accie.estimators.sgd_ie import no_larger_than_the_run
+from lightning_accie.explanation import Explanation, one_by_one
 from lightning_accie.query import ModuleQuery, QueryFunction
 from lightning_accie.scores import InfluenceScores
 from lightning_accie.trajectory.files import MANIFEST
@@ -198,34 +197,42 @@ class EmbeddingStore:
             },
         )
 
-    def explain(
-        self, query: str | QueryFunction | None = None, query_dataloader: Any = None
-    ) -> Tensor:
-        """The influence of every sample on the query of each evaluation sample by itself.
+    def explain(self, batch: Any, query: str | QueryFunction | None = None) -> Explanation:
+        """The influence of every training sample on each prediction of a batch.
 
         Args:
-            query: see `InfluenceEngine.estimate`; measured on one evaluation sample at a time.
-            query_dataloader: DataLoaders of the evaluation samples, over datasets with indices, where
-                they are not the validation data.
+            batch: see `InfluenceEngine.explain`; a DataLoader's batches are the queries.
+            query: see there.
 
         Returns:
-            ``[Q, n]`` float64, in the order of the datasets and of ``embeddings.samples``; positive
-            where leaving the training sample out raises the evaluation sample's query.
+            ``[queries, samples]`` influences, without exact replays.
 
         Raises:
-            QueryError: if the query is not found or cannot be differentiated, or the evaluation
-                samples cannot be told apart.
+            QueryError: if the query is not found or cannot be differentiated, or ``batch`` cannot be
+                taken apart or is empty.
         """
         with torch.compiler.set_stance("force_eager"):
-            whole = self._ask(query, query_dataloader)
-            single = self._ask(query, [_one_by_one(loader) for loader in whole.loaders])
-            project = self.embeddings.projection
-            params = self._run.final.state.visible
-            rows = [
-                project.whole({name: found[name][None] for name in project.names})
-                for found in single.gradients(params)
-            ]
-        return self.embeddings.products(torch.cat(rows))
+            queries = self._ask(query, one_by_one(batch)).each()
+            if not queries:
+                raise QueryError("The DataLoader given to `explain` has no batch.")
+            project, params = self.embeddings.projection, self._run.final.state.visible
+            slopes = [one.gradient(params) for one in queries]
+            rows = [project.whole({n: one[n][None] for n in project.names}) for one in slopes]
+            influence = self.embeddings.products(torch.cat(rows))
+            runs = (replace(self._run, query=one) for one in queries)
+            fine = [no_larger_than_the_run(*pair) for pair in zip(runs, influence, strict=True)]
+            value = [one.value(params) for one in queries]
+        return Explanation(
+            index=self.embeddings.samples.clone(),
+            influence=influence,
+            estimate=influence.clone(),
+            exact=torch.full_like(influence, float("nan")),
+            value=torch.tensor(value, dtype=torch.float64),
+            trusted=influence.isfinite() & torch.stack(fine),
+            visits=self._run.visits,
+            estimator=str(self.settings["estimator"]),
+            query=queries[0].name,
+        )
 
 
 def _fingerprint(run: Replay) -> str:
@@ -257,14 +264,3 @@ def _check_run(
             f"{directory} holds embeddings of the run after {content['steps']} steps, not after "
             f"{len(run.walker)}. Pass `at={content['steps']}`."
         )
-
-
-def _one_by_one(loader: Any) -> DataLoader[Any]:
-    """The samples of a loader, each as a batch."""
-    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
-        raise QueryError(
-            "`explain` measures the query on one evaluation sample at a time, and needs a DataLoader "
-            f"over a dataset with indices, not {type(loader).__name__}. Pass one as "
-            "`query_dataloader=`."
-        )
-    return DataLoader(loader.dataset, batch_size=1, collate_fn=loader.collate_fn)

@@ -411,6 +411,9 @@ class InfluenceEngine:
             if not queries:
                 raise QueryError("The DataLoader given to `explain` has no batch.")
             self._finite(replay)
+            replay.query.gradient(
+                replay.final.state.visible
+            )  # one sample may have no slope, not all
             choose_ways(replay)
             check_derivatives(chosen.probe, next(replay.walker.forwards()))
             columns = self._columns(replay, describe, loss_column=False)

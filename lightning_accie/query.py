@@ -87,6 +87,8 @@ class ModuleQuery:
         self.vectorize = program.untransformed is None
         """Whether `values` runs parameter sets side by side, or one by one."""
         self._kept: list[_Place] | None = None
+        self._may_be_flat = False
+        """Whether a gradient of 0 is a finding, as that of a single sample's hinge loss may be."""
         self._rows: int | None = None
         self._random = self._seeded()
         self.module = self._copy(module, buffers)
@@ -139,7 +141,7 @@ class ModuleQuery:
 
     def _on(self, place: _Place) -> ModuleQuery:
         one = copy(self)
-        one._kept = [place]
+        one._kept, one._may_be_flat = [place], True
         return one
 
     def value(self, params: Params) -> float:
@@ -184,57 +186,29 @@ class ModuleQuery:
         Raises:
             QueryError: if the value does not depend on the parameters.
         """
-        leaves = self._leaves(params)
-        inputs = list(leaves.values())
-        means = [WeightedMean() for _ in inputs]
-        for weight, parts in self._each_gradient(inputs):
-            for mean, part in zip(means, parts, strict=True):
-                mean.add(part, weight)
-        total = [self._finished(mean) for mean in means]
-        if not any(bool(part.any()) for part in total):
-            raise QueryError(
-                f"The gradient of `{self.name}` is zero everywhere: a metric such as accuracy has "
-                f"no slope. {self._way_out()}"
-            )
-        return dict(zip(leaves, total, strict=True))
-
-    def gradients(self, params: Params) -> Iterator[Params]:
-        """The gradient of each batch's own value.
-
-        Args:
-            params: see `gradient`.
-
-        Yields:
-            The gradient by name, of every batch that has a value.
-
-        Raises:
-            QueryError: if a value does not depend on the parameters, or there is none.
-        """
-        leaves = self._leaves(params)
-        found = WeightedMean()
-        for weight, parts in self._each_gradient(list(leaves.values())):
-            found.add(0.0, weight)
-            yield dict(zip(leaves, parts, strict=True))
-        self._finished(found)
-
-    def _leaves(self, params: Params) -> Params:
-        """What is differentiated for, bound to the copy."""
         self._bind(params)
         leaves = dict(self._parameters)
         for name, (holder, key, _) in self._statistics.items():
             if name in params:
                 holder[key] = leaves[name] = params[name].detach().requires_grad_()
-        return leaves
-
-    def _each_gradient(self, inputs: list[Tensor]) -> Iterator[tuple[float, tuple[Tensor, ...]]]:
-        """The weight and the gradient of every batch that has a value."""
+        inputs = list(leaves.values())
+        means = [WeightedMean() for _ in inputs]
         with self._same_draws():
             for place in self._places():
                 with torch.enable_grad():
                     value = self._run(place)
                 weight = self._weight(place)
-                if weight != 0.0:
-                    yield weight, self._slopes(value, inputs)
+                if weight == 0.0:
+                    continue
+                for mean, part in zip(means, self._slopes(value, inputs), strict=True):
+                    mean.add(part, weight)
+        total = [self._finished(mean) for mean in means]
+        if not self._may_be_flat and not any(bool(part.any()) for part in total):
+            raise QueryError(
+                f"The gradient of `{self.name}` is zero everywhere: a metric such as accuracy has "
+                f"no slope. {self._way_out()}"
+            )
+        return dict(zip(leaves, total, strict=True))
 
     def _slopes(self, value: Tensor, inputs: list[Tensor]) -> tuple[Tensor, ...]:
         if not value.requires_grad:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_accie import (
     AccDataValueEmbedding,
@@ -86,15 +86,20 @@ def test_other_data_for_the_query(tmp_path: Path) -> None:
 def test_each_evaluation_sample_by_itself(tmp_path: Path) -> None:
     """A mean query is the mean of its samples' own; each is a query of that sample."""
     store = recorded(tmp_path).embed(tmp_path / "store")
-    each = store.explain()
-    assert each.shape == (11, 20)
+    found = store.explain(list(VALIDATION.tensors))
+    each = found.influence
+    assert each.shape == found.trusted.shape == (11, 20)
+    assert bool(found.exact.isnan().all())
+    assert "11 queries on val_loss, 20 training samples by dvemb, 0 replayed" in repr(found)
     torch.testing.assert_close(each.mean(0), store.scores().influence, rtol=1e-9, atol=1e-15)
     x, y = VALIDATION.tensors
     one = DataLoader(TensorDataset(x[4:5], y[4:5]))
-    alone = store.scores(query_dataloader=one).influence
-    torch.testing.assert_close(each[4], alone, rtol=1e-12, atol=0.0)
+    alone = store.scores(query_dataloader=one)
+    torch.testing.assert_close(each[4], alone.influence, rtol=1e-12, atol=0.0)
+    assert float(found.value[4]) == pytest.approx(alone.info["query_value"], rel=1e-12)
+    assert torch.equal(found.trusted[4], alone.trusted)
     three = DataLoader(TensorDataset(x[:3], y[:3]), batch_size=2)
-    named = store.explain(margin, three).mean(0)
+    named = store.explain([x[:3], y[:3]], margin).influence.mean(0)
     torch.testing.assert_close(named, store.scores(margin, three).influence, rtol=1e-9, atol=0.0)
 
 
@@ -117,14 +122,12 @@ def test_at_an_earlier_step(tmp_path: Path) -> None:
     assert len(engine.embeddings(tmp_path / "store", at=3)) == len(store)
 
 
-def test_evaluation_samples_that_cannot_be_told_apart(tmp_path: Path) -> None:
-    class Stream(IterableDataset[Any]):
-        def __iter__(self) -> Any:
-            return iter(VALIDATION)
-
+def test_batches_that_cannot_be_told_apart(tmp_path: Path) -> None:
     store = recorded(tmp_path).embed(tmp_path / "store")
-    with pytest.raises(QueryError, match="one evaluation sample at a time"):
-        store.explain(query_dataloader=DataLoader(Stream(), batch_size=4))
+    with pytest.raises(QueryError, match="cannot be taken apart by sample"):
+        store.explain(torch.tensor(3.0))
+    with pytest.raises(QueryError, match="has no batch"):
+        store.explain(DataLoader(TensorDataset(torch.zeros(0, 4))))
 
 
 def test_it_needs_no_validation_data(tmp_path: Path) -> None:

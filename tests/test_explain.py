@@ -192,6 +192,22 @@ def test_marks_and_noise_are_those_of_each_query_alone(
     assert all(0 < one.noise_floor < 1e-12 for one in found.agreement)
 
 
+def test_one_prediction_without_a_slope_has_influence_0(tmp_path: Path) -> None:
+    engine = engine_of(tmp_path, Classifier(smooth_net(), sgd()))
+
+    def hinge(module: Any, batch: Any) -> Tensor:
+        x, y = batch
+        return F.relu(0.2 - module.net(x).gather(1, y[:, None])).mean()
+
+    found = engine.explain(batch(12), hinge, verify=0)
+    flat = found.value == 0.0
+    assert 0 < int(flat.sum()) < 12
+    assert bool((found.influence[flat] == 0.0).all())
+    assert bool((found.influence[~flat] != 0.0).any(1).all())
+    with pytest.raises(QueryError, match="zero everywhere"):
+        engine.explain(batch(), lambda module, batch: module.net(batch[0]).sum() * 0.0)
+
+
 def test_a_query_that_is_no_number(tmp_path: Path) -> None:
     engine = engine_of(tmp_path, Classifier(smooth_net(), sgd()))
 
