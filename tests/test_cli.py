@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -433,7 +434,7 @@ def test_doctor_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "requires", lambda name: wanted)
     found = {finding.what: finding for finding in doctor.environment()}
     assert found["torch"].state == "ok"
-    assert found["torch"].words == torch.__version__
+    assert found["torch"].words == version("torch")
     assert (found["lightning"].state, found["nowhere-at-all"].state) == ("refused", "refused")
     assert "does not fit >=99" in found["lightning"].words
     assert found["nothing-of-it"].state == "missing"
