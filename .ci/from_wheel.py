@@ -1,7 +1,4 @@
-"""What somebody has who installs the wheel alone: run outside the repository, with nothing else installed.
-
-    python .ci/from_wheel.py
-"""
+"""What somebody has who installs the wheel and nothing else; to be run outside the repository."""
 
 from __future__ import annotations
 
@@ -13,7 +10,16 @@ from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-NOT_ASKED_FOR = ("sklearn", "pandas", "pyarrow", "matplotlib", "wandb", "PIL", "tests", "benchmarks")
+NOT_ASKED_FOR = (
+    "sklearn",
+    "pandas",
+    "pyarrow",
+    "matplotlib",
+    "wandb",
+    "PIL",
+    "tests",
+    "benchmarks",
+)
 
 
 def fit(out: Path) -> None:
@@ -55,7 +61,8 @@ def main() -> None:
     there = [name for name in NOT_ASKED_FOR if find_spec(name) is not None]
     assert not there, f"installed besides the wheel: {there}"
     found = find_spec("lightning_accie")
-    assert found is not None and found.origin is not None
+    assert found is not None
+    assert found.origin is not None
     package = Path(found.origin).parent
     assert ROOT not in package.parents, f"the repository's own package at {package}"
     files = {str(file) for file in distribution("lightning_accie").files or ()}

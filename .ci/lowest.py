@@ -1,14 +1,11 @@
-"""Print the lowest versions that pyproject.toml allows, as constraints for pip.
-
-    python .ci/lowest.py > lowest.txt && pip install -c lowest.txt ".[test]"
-"""
+"""Print the lowest versions that pyproject.toml allows, as constraints: `pip install -c FILE ".[test]"`."""
 
 from __future__ import annotations
 
 import sys
-import tomllib
 from pathlib import Path
 
+import tomllib
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]

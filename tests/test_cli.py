@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from click.testing import Result
 from pyarrow import parquet
 from torch.utils.data import DataLoader
