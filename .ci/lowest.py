@@ -1,4 +1,4 @@
-"""Print the lowest versions that pyproject.toml allows, as constraints: `pip install -c FILE ".[test]"`."""
+"""Print the lowest versions that pyproject.toml allows, as a file of constraints for pip."""
 
 from __future__ import annotations
 
