@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -30,14 +31,15 @@ def plot(scores: InfluenceScores, kind: str, sample: ReadSample | None, k: int) 
         ValueError: if there is no such kind, or nothing to draw.
     """
     try:
-        from matplotlib.figure import Figure
+        from lightning_accie.notebook_figure import NotebookFigure
     except ImportError as error:
         raise ImportError(
             "plot() needs matplotlib. Install it with `pip install 'lightning_accie[plot]'`."
         ) from error
     if kind == "examples":
-        return _examples(scores, sample, k, Figure)
-    figure = Figure(figsize=(5.5, 3.6) if kind == "histogram" else (4.4, 4.2), layout="constrained")
+        return _examples(scores, sample, k, NotebookFigure)
+    size = (5.5, 3.6) if kind == "histogram" else (4.4, 4.2)
+    figure = NotebookFigure(figsize=size, layout="constrained")
     if kind == "histogram":
         _histogram(scores, figure.subplots())
     elif kind == "agreement":
@@ -83,7 +85,9 @@ def _agreement(scores: InfluenceScores, axes: Axes) -> None:
         )
 
 
-def _examples(scores: InfluenceScores, sample: ReadSample | None, k: int, make: Any) -> Figure:
+def _examples(
+    scores: InfluenceScores, sample: ReadSample | None, k: int, make: Callable[..., Figure]
+) -> Figure:
     if sample is None:
         raise ValueError(
             '`plot("examples")` needs the samples: pass `sample=dataset.__getitem__`, or an engine\'s '
@@ -96,7 +100,7 @@ def _examples(scores: InfluenceScores, sample: ReadSample | None, k: int, make: 
         raise ValueError("The samples hold no images; `to_pandas()` shows their columns.")
     lines = [-(-len(row) // _COLUMNS) for row in images]
     size = (1.5 * _COLUMNS, 1.9 * sum(lines) + 0.5 * len(lines))
-    figure: Figure = make(figsize=size, layout="constrained")
+    figure = make(figsize=size, layout="constrained")
     parts = figure.subfigures(len(sides), 1, height_ratios=lines, squeeze=False)[:, 0]
     for part, (name, top), row, count in zip(parts, sides, images, lines, strict=True):
         part.suptitle(f"Most {name}", fontsize="medium")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -90,6 +90,8 @@ class InfluenceScores:
         InfluenceScores(3 samples: 2 harmful, 1 helpful, 1 replayed exactly)
         >>> scores.top_harmful(1).index
         tensor([2])
+        >>> [(row["index"], row["influence"]) for row in scores.top_harmful(2)]
+        [(2, -2.0), (1, -1.0)]
         >>> list(scores.cleaned(["a", "b", "c"], k=2))
         ['a']
     """
@@ -143,6 +145,12 @@ class InfluenceScores:
 
     def __len__(self) -> int:
         return len(self.index)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """One row of `to_dict` a sample, by column name, in the order of ``index``."""
+        rows = self if self.rank is not None else self._rows(torch.arange(len(self)))
+        table = rows.to_dict()
+        return (dict(zip(table, row, strict=True)) for row in zip(*table.values(), strict=True))
 
     def __repr__(self) -> str:
         query = f" on {self.info['query']}" if "query" in self.info else ""

@@ -20,7 +20,7 @@ ORDER = (
     ("query",),
     ("estimators",),
     ("accounts", "groups", "ranking", "scores_files", "embeddings_files", "unfinished"),
-    ("scores", "plots", "notebook"),
+    ("scores", "plots", "notebook", "notebook_figure"),
     ("embeddings", "explanation"),
     ("progress", "reports", "described", "crew", "launch", "export", "comparison"),
     ("capture", "arguments"),

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from IPython.core.formatters import DisplayFormatter
 from matplotlib.figure import Figure
 
 from lightning_accie import InfluenceScores
@@ -75,6 +76,11 @@ def test_the_histogram_has_every_sample() -> None:
     assert axes.get_xlabel() == "influence on val_loss"
 
 
+def test_a_notebook_shows_figures_without_being_told_to() -> None:
+    shown, _ = DisplayFormatter().format(ranking().plot())
+    assert shown["image/png"].startswith(b"\x89PNG")
+
+
 def test_the_scatter_has_every_replay() -> None:
     scores = ranking()
     (axes,) = scores.plot("agreement").axes
@@ -107,6 +113,7 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
         scores.plot("examples")
     with pytest.raises(ValueError, match="hold no images"):
         scores.plot("examples", sample=lambda index: index)
+    monkeypatch.delitem(sys.modules, "lightning_accie.notebook_figure", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"lightning_accie\[plot\]"):
         scores.plot()

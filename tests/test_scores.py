@@ -309,6 +309,31 @@ def test_pandas_has_the_same_table() -> None:
     assert frame["visits"].dtype == np.int64
 
 
+def test_rows_are_those_of_the_table() -> None:
+    harmful = small_scores().top_harmful(2)
+    assert [(row["rank"], row["index"], row["label"]) for row in harmful] == [
+        (1, 4, "d"),
+        (2, 2, "c"),
+    ]
+    first = next(iter(harmful))
+    assert list(first) == list(harmful.to_dict())
+    assert (first["exact_influence"], first["estimate"], first["estimator"]) == (
+        -3.0,
+        -2.5,
+        "leave-one-out",
+    )
+    assert list(small_scores().top_harmful(0)) == []
+
+
+def test_rows_of_what_is_not_ranked_stand_as_its_tensors_do() -> None:
+    scores = small_scores()
+    rows = list(scores)
+    assert len(rows) == len(scores)
+    assert [row["index"] for row in rows] == scores.index.tolist()
+    assert [row["label"] for row in rows] == scores.columns["label"]
+    assert [row["rank"] for row in rows] == [4, 6, 2, 1, 7, 5, 3]
+
+
 def test_without_pandas_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(ImportError, match=r"lightning_accie\[pandas\]"):

@@ -541,6 +541,13 @@ MUTATIONS = [
         "return self._rows(self._ranking(sign=-1))",
         SCORES,
     ),
+    Mutation(
+        "rows of what is not ranked: in another order than the tensors",
+        "scores.py",
+        "rows = self if self.rank is not None else self._rows(torch.arange(len(self)))",
+        "rows = self if self.rank is not None else self.ranked()",
+        SCORES,
+    ),
     # ------------------------------------------------------------------ data value embeddings
     Mutation(
         "DVEmb: the other sign",
