@@ -74,9 +74,9 @@ def flat_mlp() -> nn.Module:
 
 
 PROBLEMS = (
-    Problem("mnist", "mnist.npz", flat_mlp, 5000, 5000, 10, 0.1),
-    Problem("mnist, 10 % flipped", "mnist.npz", flat_mlp, 5000, 5000, 10, 0.1, flipped=0.1),
-    Problem("cifar-10", "cifar10_subset.npz", small_cnn, 3000, 1000, 10, 0.05),
+    Problem("mnist", "mnist.npz", flat_mlp, 3000, 3000, 8, 0.1),
+    Problem("mnist, 10 % flipped", "mnist.npz", flat_mlp, 3000, 3000, 8, 0.1, flipped=0.1),
+    Problem("cifar-10", "cifar10_subset.npz", small_cnn, 3000, 1000, 8, 0.05),
 )
 BATCH = 50
 
