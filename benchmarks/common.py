@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import platform
@@ -126,13 +127,26 @@ def machine() -> str:
 
 def publish(name: str, text: str) -> None:
     """Write figures between the markers ``<!-- name -->`` of README.md and the pages in docs/."""
-    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))):
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         old = path.read_text()
         new = pattern.sub(lambda match: match.group(1) + text.strip() + "\n" + match.group(2), old)
         if new != old:
             path.write_text(new)
             print(f"wrote `{name}` into {path.name}")
+
+
+def kept_rows(path: Path) -> list[dict[str, Any]]:
+    """What a script has finished, line by line; what was cut off while it was written is done again."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
 
 
 def arguments(description: str | None) -> argparse.Namespace:

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import ROOT, Classifier, loaders, machine, mlp, publish, quieten, trainer
+from common import ROOT, Classifier, kept_rows, loaders, machine, mlp, publish, quieten, trainer
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegressionCV
 from sklearn.preprocessing import StandardScaler
@@ -298,7 +298,7 @@ def main() -> None:
     options = parser.parse_args()
     quieten()
     torch.set_num_threads(1)
-    rows = _kept(options.results)
+    rows = kept_rows(options.results)
     done = {(r["data"], r["model"], r["noise"], r["seed"], r["epochs"]) for r in rows}
     runs = [
         (*setting, seed)
@@ -322,19 +322,6 @@ def main() -> None:
     if options.publish:
         publish("paper", text)
         figure(rows, ROOT / "docs" / "figures" / "paper.svg")
-
-
-def _kept(path: Path) -> list[dict[str, Any]]:
-    """The lines of complete runs; a run that was cut off while it was written is done again."""
-    if not path.exists():
-        return []
-    rows = []
-    for line in path.read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows
 
 
 if __name__ == "__main__":

@@ -91,7 +91,8 @@ def main() -> None:
         DataLoader(val, batch_size=200),
     )
     scores = influence.scores
-    assert scores is not None and scores.main_agreement is not None
+    assert scores is not None
+    assert scores.main_agreement is not None
 
     worst = scores.top_harmful(LOOKED_AT)
     found = sum(worst.columns["mislabelled"])

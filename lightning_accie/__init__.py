@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         DescribeError,
         InfluenceError,
         QueryError,
+        RenderError,
         ReplayMismatchError,
         TrajectoryError,
         UnsupportedError,
@@ -44,8 +45,8 @@ else:
         "embeddings": ("EmbeddingStore",),
         "engine": ("InfluenceEngine",),
         "errors": (
-            *("DescribeError", "InfluenceError", "QueryError", "ReplayMismatchError"),
-            *("TrajectoryError", "UnsupportedError"),
+            *("DescribeError", "InfluenceError", "QueryError", "RenderError"),
+            *("ReplayMismatchError", "TrajectoryError", "UnsupportedError"),
         ),
         "estimators": (
             *("AccDataValueEmbedding", "AccSgdIE", "DataValueEmbedding", "Estimator"),
@@ -92,6 +93,7 @@ __all__ = [
     "LeaveOneOut",
     "LowRankAccSgdIE",
     "QueryError",
+    "RenderError",
     "ReplayMismatchError",
     "SgdIE",
     "TracIn",

@@ -184,6 +184,7 @@ _RULES: dict[str, _Rule] = {
     "sample_losses": (_function, "a callable(module, batch) -> [B] tensor"),
     "query_dataloader": (_loaders, "a DataLoader, or a collection of them"),
     "describe": (_function, "a callable(sample) -> dict"),
+    "render": (_function, "a callable(sample) -> picture, text or dict"),
     "loss_column": (_yes_or_no, "True or False"),
     "exact": (_yes_or_no, "True or False"),
     "acc": (_yes_or_no, "True or False"),

@@ -22,9 +22,12 @@ from lightning_accie.estimators.layers import Layers
 from lightning_accie.progress import close_bar, progress_like
 from lightning_accie.query import QueryFunction
 from lightning_accie.replay.module import SampleLosses
-from lightning_accie.reports import report_all
+from lightning_accie.reports import render_strongest, report_all
 from lightning_accie.reports.html.beside import write_beside
+from lightning_accie.reports.report import Report
+from lightning_accie.reports.samples import Render
 from lightning_accie.scores import InfluenceScores
+from lightning_accie.scores_files import CSV_FILE, REPORT_FILE
 from lightning_accie.trajectory.files import FOLDER, MANIFEST
 from lightning_accie.trajectory.sizes import parse_bytes
 
@@ -72,12 +75,17 @@ class InfluenceCallback(CallbackBase):
         describe: ``callable(sample) -> dict``, given ``dataset[i]`` (where batches are kept: the
             sample's part of one): columns of your own in every table (label, path, …). Tried on one
             sample when `fit` starts.
+        render: ``callable(sample)``, given the same: how the reports show a sample. It returns a
+            picture (a PIL image, or a tensor or array ``[H, W]``, ``[C, H, W]`` or ``[H, W, C]`` of
+            floats or uint8, with 1, 3 or 4 channels), a text, or a dict of named values. None: the
+            first image in the sample, the first text, and all other values. Tried on one sample when
+            `fit` starts.
         loss_column: whether to add each sample's training loss as the column ``loss``, which finds
             flipped labels better than any influence.
         report: what ``report.html`` beside the scores shows: ``"full"``, with the pictures, texts and
             values of the ``top_k`` strongest samples on each side (``examples.json`` keeps them too);
-            ``"figures"``, nothing of the samples but their numbers and the columns of ``describe=``;
-            or ``"none"`` to write neither file.
+            ``"figures"``, nothing of the samples but their numbers and the columns of ``describe=``,
+            and the loggers get no more either; or ``"none"`` to write neither file.
         console: whether to print the ranking when `fit` ends.
         full_precision: after mixed precision, whether the analysis runs without autocast; see
             `InfluenceEngine`.
@@ -116,6 +124,7 @@ class InfluenceCallback(CallbackBase):
         sample_losses: SampleLosses | None = None,
         query_dataloader: Any = None,
         describe: Describe | None = None,
+        render: Render | None = None,
         loss_column: bool = False,
         report: str = "full",
         console: bool = True,
@@ -140,6 +149,7 @@ class InfluenceCallback(CallbackBase):
             sample_losses=sample_losses,
             query_dataloader=query_dataloader,
             describe=describe,
+            render=render,
             loss_column=loss_column,
             report=report,
             console=console,
@@ -162,6 +172,7 @@ class InfluenceCallback(CallbackBase):
         self.sample_losses = sample_losses
         self.query_dataloader = query_dataloader
         self.describe = describe
+        self.render = render
         self.loss_column = loss_column
         self.report = report
         self.console = console
@@ -220,6 +231,7 @@ class InfluenceCallback(CallbackBase):
             sample_losses=self.sample_losses,
             query_dataloader=self.query_dataloader,
             describe=self.describe,
+            render=self.render,
             full_precision=self.full_precision,
         )
 
@@ -372,18 +384,28 @@ class InfluenceCallback(CallbackBase):
             )
         self.scores = scores  # before what may yet fail
         self._save(scores, directory)
+        self._tell(scores, engine, trainer, directory)
+        return scores
+
+    def _tell(
+        self, scores: InfluenceScores, engine: InfluenceEngine, trainer: Any, directory: Path
+    ) -> None:
+        """Write the report, and tell the loggers and the terminal."""
+        rendered = {}
+        if self.report == "full" or (self.report == "none" and trainer.loggers):
+            rendered = render_strongest(scores, self.top_k, engine.sample, self.render)
         if self.report != "none":
-            sample = engine.sample if self.report == "full" else None
-            write_beside(scores, directory, top_k=self.top_k, sample=sample)
-        report_all(
-            trainer.loggers,
+            write_beside(scores, directory, top_k=self.top_k, rendered=rendered)
+        names = [CSV_FILE, *([REPORT_FILE] if self.report != "none" else [])]
+        files = [directory / name for name in names]
+        report = Report(
             scores,
             step=trainer.global_step,
             top_k=self.top_k,
-            sample=engine.sample,
-            console=self.console,
+            rendered=rendered,
+            files=[file for file in files if file.is_file()],
         )
-        return scores
+        report_all(trainer.loggers, report, run=self._recording, console=self.console)
 
     def _at(self, trainer: Any) -> str:
         return "last" if trainer.fast_dev_run else self.at

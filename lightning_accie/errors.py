@@ -27,6 +27,10 @@ class DescribeError(InfluenceError, ValueError):
     """The user's ``describe=`` failed, or returned what makes no columns."""
 
 
+class RenderError(InfluenceError, ValueError):
+    """The user's ``render=`` failed, or returned what cannot be shown."""
+
+
 def first_line(error: BaseException) -> str:
     """Shorten an error of torch's to what it says first.
 

@@ -48,6 +48,7 @@ CALLBACK: dict[str, list[Any]] = {
     "sample_losses": FUNCTION,
     "query_dataloader": LOADERS,
     "describe": FUNCTION,
+    "render": FUNCTION,
     "loss_column": YES_NO,
     "report": [None, True, False, "html"],
     "console": YES_NO,

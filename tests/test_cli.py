@@ -9,11 +9,11 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from click.testing import Result
 from pyarrow import parquet
 from torch.utils.data import DataLoader
@@ -433,7 +433,7 @@ def test_doctor_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "requires", lambda name: wanted)
     found = {finding.what: finding for finding in doctor.environment()}
     assert found["torch"].state == "ok"
-    assert found["torch"].words == torch.__version__
+    assert found["torch"].words == version("torch")
     assert (found["lightning"].state, found["nowhere-at-all"].state) == ("refused", "refused")
     assert "does not fit >=99" in found["lightning"].words
     assert found["nothing-of-it"].state == "missing"

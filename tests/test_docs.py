@@ -20,8 +20,21 @@ from lightning_accie.scores import CSV_HEADER
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = [page for page in [*sorted(DOCS.glob("*.md")), ROOT / "README.md"] if page.exists()]
+PAGES = [*sorted(DOCS.rglob("*.md")), ROOT / "README.md"]
 NOT_RUN = "<!-- not run -->"
+RUNNING_HOW_TO = [
+    "augmentation-and-streams",
+    "clean-and-retrain",
+    "compare-groups",
+    "explain-predictions",
+    "find-harmful-data",
+    "interruptions",
+    "notebooks",
+    "own-losses",
+    "own-optimiser",
+    "queries",
+    "report",
+]
 FENCE = "```"
 
 
@@ -58,7 +71,7 @@ def blocks_of(page: Path) -> list[Block]:
     return blocks
 
 
-BLOCKS = {page.name: blocks_of(page) for page in PAGES}
+BLOCKS = {page.relative_to(ROOT).as_posix(): blocks_of(page) for page in PAGES}
 RUNNABLE = [name for name, blocks in BLOCKS.items() if any(block.runs for block in blocks)]
 
 
@@ -85,7 +98,13 @@ def test_the_blocks_of_a_page_run(
 
 
 def test_the_pages_that_teach_by_running_do_run() -> None:
-    assert {"index.md", "how-to.md", "files.md"} <= set(RUNNABLE)
+    how_to = {f"docs/how-to/{page}.md" for page in RUNNING_HOW_TO}
+    assert {"docs/quickstart.md", "docs/files.md", *how_to} <= set(RUNNABLE)
+
+
+def test_the_how_to_pages_share_one_set_up() -> None:
+    set_ups = {BLOCKS[f"docs/how-to/{page}.md"][0].source for page in RUNNING_HOW_TO}
+    assert len(set_ups) == 1
 
 
 def test_what_is_supported_is_listed() -> None:

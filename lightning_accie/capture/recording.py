@@ -30,6 +30,7 @@ from lightning_accie.processes import Processes
 from lightning_accie.query import QueryFunction, check_query
 from lightning_accie.replay.module import SampleLosses, TrainingProgram
 from lightning_accie.replay.walker import Snapshot, Visit
+from lightning_accie.reports.samples import Render
 from lightning_accie.scores_files import remove_scores
 from lightning_accie.trajectory.files import FOLDER
 from lightning_accie.trajectory.ranks import merged_step
@@ -63,6 +64,7 @@ class RecordingSettings:
     sample_losses: SampleLosses | None
     query_dataloader: Any
     describe: Describe | None
+    render: Render | None
     full_precision: bool
 
 
@@ -251,6 +253,7 @@ class Recording:
             UnsupportedError: if it cannot be replayed.
             QueryError: if the monitor cannot be measured.
             DescribeError: if ``describe`` fails.
+            RenderError: if ``render`` fails.
         """
         first = self._first
         if first is None or first.step is None or self._recorder is None:
@@ -277,6 +280,7 @@ class Recording:
                     probe=self._settings.probe,
                     check_query=self._query_check(),
                     describe=self._settings.describe if self._settings.analyses else None,
+                    render=self._settings.render if self._settings.analyses else None,
                     device=device,
                     full_precision=self._settings.full_precision,
                 )

@@ -24,6 +24,7 @@ from lightning_accie.replay.module import SampleLosses, TrainingProgram
 from lightning_accie.replay.probe import check_derivatives, find_loss_form
 from lightning_accie.replay.state import State
 from lightning_accie.replay.walker import Snapshot, Visit, Walker
+from lightning_accie.reports.samples import Render, render_samples
 from lightning_accie.trajectory.records import Checkpoint, Step
 
 CACHE = 2**26
@@ -77,6 +78,7 @@ def check_first_step(
     probe: Callable[[Visit], None] | None = None,
     check_query: QueryCheck | None = None,
     describe: Describe | None = None,
+    render: Render | None = None,
     device: torch.device | None = None,
     full_precision: bool = False,
 ) -> LossForm:
@@ -92,6 +94,7 @@ def check_first_step(
         probe: what the estimator computes at a step (`Estimator.probe`), tried here.
         check_query: tries the query, given the replayed module and the state after the step.
         describe: the user's columns, tried on the first sample here; None where nobody will ask.
+        render: the user's way to show a sample, tried on it too.
         device: where training runs.
         full_precision: see `TrainingProgram`.
 
@@ -101,6 +104,7 @@ def check_first_step(
     Raises:
         UnsupportedError: with the reason, if the step cannot be replayed or split.
         DescribeError: if ``describe`` fails.
+        RenderError: if ``render`` fails.
     """
     cuda = device if device is not None and device.type == "cuda" else None
     with random_state.isolated(cuda), torch.compiler.set_stance("force_eager"):
@@ -141,6 +145,8 @@ def check_first_step(
             check_query(program, walker.final())
         if describe is not None:
             described(describe, _first_sample(first, source), source.sample)
+        if render is not None:
+            render_samples(source.sample, _first_sample(first, source), render)
     return form
 
 

@@ -8,23 +8,24 @@ from typing import Any
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
 from lightning_accie.images import ReadSample
-from lightning_accie.reports import csv, generic, tensorboard, wandb
+from lightning_accie.reports import csv, generic, mlflow, tensorboard, wandb
 from lightning_accie.reports.console import print_report
+from lightning_accie.reports.namespaces import namespace_of
+from lightning_accie.reports.report import Report
+from lightning_accie.reports.samples import Render, Rendered, render_samples
 from lightning_accie.scores import InfluenceScores
 
-_READERS = {"CSVLogger": csv, "TensorBoardLogger": tensorboard, "WandbLogger": wandb}
+_READERS = {
+    "CSVLogger": csv,
+    "MLFlowLogger": mlflow,
+    "TensorBoardLogger": tensorboard,
+    "WandbLogger": wandb,
+}
 
 
 @rank_zero_only
 def report_all(
-    loggers: Iterable[Any],
-    scores: InfluenceScores,
-    *,
-    step: int,
-    top_k: int = 25,
-    namespace: str = "influence",
-    sample: ReadSample | None = None,
-    console: bool = True,
+    loggers: Iterable[Any], report: Report, *, run: object = None, console: bool = True
 ) -> None:
     """Report to every logger, and on the terminal; on the process of rank 0 only.
 
@@ -32,27 +33,52 @@ def report_all(
 
     Args:
         loggers: Lightning loggers, of `lightning.pytorch` or `pytorch_lightning`.
-        scores: what was found.
-        step: the training step to log at.
-        top_k: samples to show on each side.
-        namespace: what the names of metrics begin with.
-        sample: reads a training sample by its index, for images of the strongest ones.
+        report: what was found.
+        run: what stands for one callback in one `fit`; None for a run of its own. Each has names of
+            its own in a logger.
         console: whether to print.
     """
+    run = object() if run is None else run
     for logger in loggers:
         try:
-            _reader(logger).report(
-                scores, logger, step=step, top_k=top_k, namespace=namespace, sample=sample
-            )
-        # Any error at all: it may come from a service, a file system or the user's dataset, and a
-        # report that fails must cost neither the other reports nor the training run behind it.
+            _reader(logger).report(report, logger, namespace_of(logger, run))
+        # Any error at all: it may come from a service or a file system, and a report that fails must
+        # cost neither the other reports nor the training run behind it.
         except Exception as error:
             rank_zero_warn(
                 f"The influence report to {type(logger).__name__} is incomplete: "
                 f"{type(error).__name__}: {error}"
             )
     if console:
-        print_report(scores, top_k)
+        print_report(report.scores, report.top_k)
+
+
+def render_strongest(
+    scores: InfluenceScores, top_k: int, sample: ReadSample, render: Render | None
+) -> dict[int, Rendered]:
+    """Read what the reports show of the strongest samples.
+
+    What fails is told in a warning: a report must cost neither the ranking nor the training run.
+
+    Args:
+        scores: what was found.
+        top_k: samples on each side.
+        sample: reads a training sample by its index.
+        render: the user's own way to show one.
+
+    Returns:
+        What is shown of each, by index; nothing where that failed.
+    """
+    strongest = [*scores.top_harmful(top_k).index, *scores.top_helpful(top_k).index]
+    try:
+        return render_samples(sample, map(int, strongest), render)
+    # Any error at all: it may come from the user's dataset or function.
+    except Exception as error:
+        rank_zero_warn(
+            "The influence reports show no pictures or texts: reading the samples failed: "
+            f"{type(error).__name__}: {error}. The scores are not affected."
+        )
+        return {}
 
 
 def _reader(logger: Any) -> Any:

@@ -6,33 +6,23 @@ from typing import Any
 
 from lightning.fabric.utilities.cloud_io import get_filesystem
 
-from lightning_accie.images import ReadSample
 from lightning_accie.reports.metrics import scalars
-from lightning_accie.scores import InfluenceScores
+from lightning_accie.reports.namespaces import numbered
+from lightning_accie.reports.report import Report
 from lightning_accie.scores_files import CSV_FILE
 
 
-def report(
-    scores: InfluenceScores,
-    logger: Any,
-    *,
-    step: int,
-    top_k: int,
-    namespace: str = "influence",
-    sample: ReadSample | None = None,
-) -> None:
+def report(report: Report, logger: Any, namespace: str) -> None:
     """Log the scalars, and write ``scores.csv`` into the logger's directory.
 
     Args:
-        scores: what was found.
+        report: what was found; the table has every sample.
         logger: a CSVLogger.
-        step: the training step to log at.
-        top_k: not used here: the table has every sample.
-        namespace: what names begin with.
-        sample: not used here.
+        namespace: what names begin with; a further run's file is ``scores-1.csv``, and so on.
     """
-    logger.log_metrics(scalars(scores, namespace), step=step)
+    logger.log_metrics(scalars(report.scores, namespace), step=report.step)
     logger.save()  # the file otherwise waits for more metrics
     files = get_filesystem(logger.log_dir)  # which may be remote
-    with files.open(f"{logger.log_dir}/{CSV_FILE}", "w", newline="", encoding="utf-8") as file:
-        scores.to_csv(file)
+    path = f"{logger.log_dir}/{numbered(CSV_FILE, namespace)}"
+    with files.open(path, "w", newline="", encoding="utf-8") as file:
+        report.scores.to_csv(file)

@@ -4,28 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning_accie.images import ReadSample
 from lightning_accie.reports.metrics import scalars
-from lightning_accie.scores import InfluenceScores
+from lightning_accie.reports.report import Report
 
 
-def report(
-    scores: InfluenceScores,
-    logger: Any,
-    *,
-    step: int,
-    top_k: int,
-    namespace: str = "influence",
-    sample: ReadSample | None = None,
-) -> None:
+def report(report: Report, logger: Any, namespace: str) -> None:
     """Log the scalars.
 
     Args:
-        scores: what was found.
+        report: what was found.
         logger: any Lightning logger.
-        step: the training step to log at.
-        top_k: not used here.
         namespace: what names begin with.
-        sample: not used here.
     """
-    logger.log_metrics(scalars(scores, namespace), step=step)
+    logger.log_metrics(scalars(report.scores, namespace), step=report.step)

@@ -1,42 +1,31 @@
-"""For TensorBoardLogger: scalars, tables, a histogram, and images of the strongest samples."""
+"""For TensorBoardLogger: scalars, tables, a histogram, and pictures of the strongest samples."""
 
 from __future__ import annotations
 
 import re
 from typing import Any
 
-from lightning_accie.images import ReadSample
 from lightning_accie.reports import words
-from lightning_accie.reports.media import pictures
 from lightning_accie.reports.metrics import scalars
+from lightning_accie.reports.report import Report
 from lightning_accie.scores import InfluenceScores
 
 _TOLD = 3
 """Columns of the user's that stand in an image's name."""
 
 
-def report(
-    scores: InfluenceScores,
-    logger: Any,
-    *,
-    step: int,
-    top_k: int,
-    namespace: str = "influence",
-    sample: ReadSample | None = None,
-) -> None:
+def report(report: Report, logger: Any, namespace: str) -> None:
     """Log everything that TensorBoard can show.
 
     Images are called by their place, which is ``#`` in the tables, and by what stands there beside it
     (``top_harmful/01 sample 724 -4.74e-03 label=8``).
 
     Args:
-        scores: what was found.
+        report: what was found.
         logger: a TensorBoardLogger.
-        step: the training step to log at.
-        top_k: samples to show on each side.
         namespace: what names begin with.
-        sample: reads a training sample, for images.
     """
+    scores, step = report.scores, report.step
     logger.log_metrics(scalars(scores, namespace), step=step)
     writer = logger.experiment
     trust = "\n".join(f"* {_escaped(line.strip())}" for line in words.trust(scores))
@@ -46,17 +35,16 @@ def report(
     known = scores.influence[scores.influence.isfinite()]
     if len(known):
         writer.add_histogram(f"{namespace}/distribution", known.numpy(), step)
-    sides = {
-        "top_harmful": (words.harmful_title(scores), scores.top_harmful(top_k)),
-        "top_helpful": (words.helpful_title(scores), scores.top_helpful(top_k)),
-    }
-    for name, (title, top) in sides.items():
-        writer.add_text(f"{namespace}/{name}", _markdown(title, top), step)
-    for name, (_, top) in sides.items():
-        for image, row in zip(pictures(sample, top.index), words.cells(top), strict=True):
-            if image is not None:
+    titles = {"top_harmful": words.harmful_title, "top_helpful": words.helpful_title}
+    sides = report.sides()
+    for name, top in sides.items():
+        table = _markdown(titles[name](scores), top, report.cells(top))
+        writer.add_text(f"{namespace}/{name}", table, step)
+    for name, top in sides.items():
+        for shown, row in zip(report.shown(top), words.cells(top), strict=True):
+            if shown.image is not None:
                 tag = f"{namespace}/{name}/{_caption(row, top)}"
-                writer.add_image(tag, image, step, dataformats="HWC")
+                writer.add_image(tag, shown.image, step, dataformats="HWC")
     writer.flush()
 
 
@@ -67,9 +55,10 @@ def _caption(row: list[str], top: InfluenceScores) -> str:
     return " ".join([f"{int(place):02d} sample {index} {influence}", *told[:_TOLD]])
 
 
-def _markdown(title: str, top: InfluenceScores) -> str:
-    header = [*words.COLUMNS, *(words.clean(name) for name in top.columns)]
-    lines = [header, *words.cells(top)]
+def _markdown(title: str, top: InfluenceScores, shown: dict[str, list[str]]) -> str:
+    header = [*words.COLUMNS, *(words.clean(name) for name in top.columns), *shown]
+    rows = zip(words.cells(top), *shown.values(), strict=True)
+    lines = [header, *([*row, *of_the_sample] for row, *of_the_sample in rows)]
     lines = [[_escaped(cell) for cell in line] for line in lines]
     lines.insert(1, ["---"] * len(header))
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)

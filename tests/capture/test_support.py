@@ -8,13 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import (
-    BackboneFinetuning,
-    ModelPruning,
-    StochasticWeightAveraging,
-    WeightAveraging,
-)
+from lightning.pytorch import Callback, callbacks
+from lightning.pytorch.callbacks import BackboneFinetuning, ModelPruning, StochasticWeightAveraging
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -127,9 +122,10 @@ class Finetuning(BackboneFinetuning):
     "other",
     [
         StochasticWeightAveraging(swa_lrs=0.1),
-        WeightAveraging(),
         ModelPruning("l1_unstructured", amount=0.1),
         Finetuning(),
+        # Not in the oldest Lightning that is supported.
+        *([callbacks.WeightAveraging()] if hasattr(callbacks, "WeightAveraging") else []),
     ],
     ids=lambda other: type(other).__name__,
 )

@@ -14,16 +14,18 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from lightning_accie import InfluenceCallback, InfluenceScores, write_report
-from lightning_accie.reports.html import beside, figures, page, samples
+from lightning_accie import InfluenceCallback, InfluenceEngine, InfluenceScores, write_report
+from lightning_accie.reports import samples
+from lightning_accie.reports.html import figures, page
 from lightning_accie.reports.html.samples import (
     ExamplesError,
     Shown,
+    in_a_page,
     read_examples,
-    show_samples,
     write_examples,
 )
 from lightning_accie.reports.html.table import own_column, table
+from lightning_accie.reports.samples import render_samples
 from tests.problems import Classifier, classification, quiet_trainer, sgd, smooth_net
 from tests.score_examples import INF, NAN, doubles, small_scores
 
@@ -254,12 +256,16 @@ def test_groups_sum_up_by_column() -> None:
 # ---------------------------------------------------------------------- samples
 
 
+def shown_of(sample: Any, indices: list[int]) -> dict[int, Shown]:
+    return in_a_page(render_samples(sample, indices))
+
+
 def picture_of(image: Any) -> str:
-    return show_samples(lambda index: image, [0])[0].picture
+    return shown_of(lambda index: image, [0])[0].picture
 
 
 def test_a_picture_with_its_label() -> None:
-    shown = show_samples(lambda index: (torch.rand(1, 8, 8), torch.tensor(index)), [7])[7]
+    shown = shown_of(lambda index: (torch.rand(1, 8, 8), torch.tensor(index)), [7])[7]
     assert shown.picture.startswith("data:image/png;base64,")
     assert shown.text == ""
     assert shown.values == (("[1]", "7"),)
@@ -281,7 +287,7 @@ def test_texts_vectors_and_everything_else() -> None:
         "title": "t",
         "thing": object(),
     }
-    shown = show_samples(lambda index: sample, [0])[0]
+    shown = shown_of(lambda index: sample, [0])[0]
     assert shown.text == "two\nlines\ufffd"
     values = dict(shown.values)
     assert values["tokens"].startswith("0, 1, 2,")
@@ -294,14 +300,14 @@ def test_texts_vectors_and_everything_else() -> None:
 
 
 def test_long_samples_are_cut_and_say_so() -> None:
-    shown = show_samples(lambda index: ["x" * 5000, *[None] * 100], [0])[0]
+    shown = shown_of(lambda index: ["x" * 5000, *[None] * 100], [0])[0]
     assert len(shown.text) == 2001
     assert shown.values[-1] == ("…", "76 more")
 
 
 def test_reading_samples_leaves_the_random_state() -> None:
     before = torch.get_rng_state()
-    show_samples(lambda index: torch.rand(3), [0, 1])
+    shown_of(lambda index: torch.rand(3), [0, 1])
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -358,7 +364,7 @@ def test_a_directory_in_place_of_the_examples_is_refused(tmp_path: Path) -> None
 
 def run(root: Path, **settings: Any) -> InfluenceCallback:
     influence = InfluenceCallback(
-        dirpath=root, console=False, top_k=3, verify=4, describe=describe, **settings
+        dirpath=root, console=False, top_k=3, verify=4, **{"describe": describe, **settings}
     )
     module = Classifier(smooth_net(), sgd())
     trainer = quiet_trainer(root, callbacks=[influence])
@@ -417,13 +423,25 @@ def test_a_report_that_cannot_be_written_costs_no_ranking(tmp_path: Path) -> Non
     assert len(InfluenceScores.load(tmp_path)) == 24
 
 
-def test_samples_that_cannot_be_read_cost_the_pictures_alone(tmp_path: Path) -> None:
-    def broken(index: int) -> Any:
+def test_samples_that_cannot_be_read_cost_the_pictures_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Breaks:
+        def __init__(self) -> None:
+            self.left = 24 + 1  # `describe=` reads every sample, and one when `fit` starts
+
+        def __call__(self, sample: Any) -> dict[str, Any]:
+            self.left -= 1
+            if not self.left:
+                monkeypatch.setattr(InfluenceEngine, "sample", broken)
+            return describe(sample)
+
+    def broken(self: InfluenceEngine, index: int) -> Any:
         raise RuntimeError("no such disk")
 
-    small_scores().save(tmp_path)
     with pytest.warns(UserWarning, match="no pictures or texts.*no such disk"):
-        beside.write_beside(small_scores(), tmp_path, top_k=2, sample=broken)
+        influence = run(tmp_path, describe=Breaks())
+    assert influence.scores is not None
     assert (tmp_path / "report.html").exists()
     assert not (tmp_path / "examples.json").exists()
 

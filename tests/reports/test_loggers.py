@@ -20,11 +20,15 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from PIL import Image
 from pytorch_lightning import loggers as pytorch_lightning_loggers
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.data import DataLoader
 
+from lightning_accie import InfluenceCallback
 from lightning_accie.agreement import measure
-from lightning_accie.reports import report_all
+from lightning_accie.reports import render_strongest, report_all
 from lightning_accie.reports.metrics import scalars
+from lightning_accie.reports.report import Report
 from lightning_accie.scores import InfluenceScores
+from tests.problems import Classifier, classification, quiet_trainer, sgd, smooth_net
 from tests.score_examples import INF, NAN, doubles, small_scores
 
 NAMESPACES = [lightning_loggers, pytorch_lightning_loggers]
@@ -43,8 +47,19 @@ SCALARS = {
 }
 
 
-def report(logger: Any, scores: InfluenceScores, **settings: Any) -> None:
-    report_all([logger], scores, step=12, console=False, **settings)
+def report(
+    logger: Any,
+    scores: InfluenceScores,
+    sample: Callable[[int], Any] | None = None,
+    *,
+    render: Any = None,
+    top_k: int = 25,
+    step: int = 12,
+    **settings: Any,
+) -> None:
+    rendered = {} if sample is None else render_strongest(scores, top_k, sample, render)
+    found = Report(scores, step=step, top_k=top_k, rendered=rendered, **settings)
+    report_all([logger], found, console=False)
 
 
 def picture(index: int) -> Any:
@@ -141,10 +156,10 @@ def test_tensorboard_logger(tmp_path: Path, namespace: Any) -> None:
     assert text(found, "summary").startswith("Influence of 7 training samples on val\\_loss = 0.75")
     assert "acc-sgd-ie against exact replay of 2 samples" in text(found, "summary")
     assert text(found, "top_harmful").splitlines()[2:6] == [
-        "| \\# | sample | influence | exact | visits | label |",
-        "| --- | --- | --- | --- | --- | --- |",
-        "| 1 | 4 | -3.00e+00 | ✓ | 2 | d |",
-        "| 2 | 2 | -1.00e+00 |  | 3 | c |",
+        "| \\# | sample | influence | exact | visits | label | data |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| 1 | 4 | -3.00e+00 | ✓ | 2 | d | \\[1\\]: 4 |",
+        "| 2 | 2 | -1.00e+00 |  | 3 | c | \\[1\\]: 2 |",
     ]
     assert "| 1 | 1 | +2.00e+00 | ? | 3 | b |" in text(found, "top_helpful")
 
@@ -167,6 +182,17 @@ def test_tensorboard_images(tmp_path: Path) -> None:
         "influence/top_helpful/01 sample 1 +2.00e+00 label=b": 1,
         "influence/top_helpful/02 sample 7 +5.00e-01 label=f": 7,
     }
+
+
+def test_tensorboard_tables_have_texts_and_values(tmp_path: Path) -> None:
+    logger = TensorBoardLogger(tmp_path, name=None, version="run")
+    report(logger, small_scores(), lambda index: (f"text {index}\nand more", index), top_k=2)
+    found = events(tmp_path / "run")
+    assert text(found, "top_harmful").splitlines()[2:5] == [
+        "| \\# | sample | influence | exact | visits | label | text | data |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| 1 | 4 | -3.00e+00 | ✓ | 2 | d | text 4 and more | \\[1\\]: 4 |",
+    ]
 
 
 def test_tensorboard_says_first_what_speaks_against_a_ranking(tmp_path: Path) -> None:
@@ -282,6 +308,17 @@ def test_wandb_images(start_run: Callable[..., Any], tmp_path: Path) -> None:
         assert (image == index).all()
 
 
+def test_wandb_tables_have_texts_and_values(start_run: Callable[..., Any]) -> None:
+    logger = start_run()
+    report(logger, small_scores(), lambda index: {"review": f"no. {index}", "age": index}, top_k=2)
+    summary, files = written(logger)
+    rows = table_of(summary, files, "influence/top_harmful")
+    assert [(row["index"], row["text"], row["data.age"]) for row in rows] == [
+        (4, "no. 4", 4),
+        (2, "no. 2", 2),
+    ]
+
+
 def test_wandb_without_images_or_figures(start_run: Callable[..., Any]) -> None:
     logger = start_run()
     wild = (NAN, INF, -INF, NAN, NAN, INF, NAN)
@@ -290,6 +327,131 @@ def test_wandb_without_images_or_figures(start_run: Callable[..., Any]) -> None:
     summary, files = written(logger)
     assert "influence/distribution" not in summary
     assert table_of(summary, files, "influence/top_harmful") == []
+
+
+# ---------------------------------------------------------------------- MLFlowLogger
+
+
+# MLflow's `log_table` under pandas 3:
+OF_MLFLOW = pytest.mark.filterwarnings("ignore:For backward compatibility, 'str' dtypes")
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return (
+        f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}"  # made once: it takes long
+    )
+
+
+@pytest.fixture
+def start_mlflow(tmp_path: Path, store: str) -> Iterator[Callable[..., Any]]:
+    import mlflow
+
+    def start(namespace: Any = lightning_loggers) -> Any:
+        name, files = str(tmp_path), (tmp_path / "artifacts").as_uri()
+        mlflow.MlflowClient(store).create_experiment(name, artifact_location=files)
+        return namespace.MLFlowLogger(experiment_name=name, tracking_uri=store)
+
+    yield start
+    mlflow.set_tracking_uri(None)
+
+
+def artifacts(logger: Any) -> Path:
+    return Path(logger.experiment.download_artifacts(logger.run_id, ""))
+
+
+@OF_MLFLOW
+@pytest.mark.parametrize("namespace", NAMESPACES, ids=lambda module: module.__name__)
+def test_mlflow_logger(tmp_path: Path, start_mlflow: Callable[..., Any], namespace: Any) -> None:
+    logger = start_mlflow(namespace)
+    (tmp_path / "scores.csv").write_text("rank")
+    scores = small_scores(columns={"mixed": ["a", 2, None, 0.5, True, "x", "y"]})
+    report(logger, scores, picture, top_k=2, files=[tmp_path / "scores.csv"])
+    metrics = logger.experiment.get_run(logger.run_id).data.metrics
+    assert metrics == pytest.approx(SCALARS, abs=1e-5)
+    (point,) = logger.experiment.get_metric_history(logger.run_id, "influence/query")
+    assert point.step == 12
+    files = artifacts(logger) / "influence"
+    assert (files / "scores.csv").read_text() == "rank"
+    table = json.loads((files / "top_harmful.json").read_text())
+    rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+    assert [(row["index"], row["influence"], row["data[1]"]) for row in rows] == [
+        (4, -3.0, 4),
+        (2, -1.0, 2),
+    ]
+    assert [row["exact_influence"] for row in rows] == [-3.0, None]
+    for name, index in (
+        ("top_harmful/01-sample-4", 4),
+        ("top_harmful/02-sample-2", 2),
+        ("top_helpful/01-sample-1", 1),
+        ("top_helpful/02-sample-7", 7),
+    ):
+        image = np.asarray(Image.open(files / f"{name}.png"))
+        assert image.shape == (64, 64)
+        assert (image == index).all()
+
+
+def test_mlflow_without_images_or_figures(start_mlflow: Callable[..., Any]) -> None:
+    logger = start_mlflow()
+    wild = (NAN, INF, -INF, NAN, NAN, INF, NAN)
+    blank = {"influence": doubles(*wild), "exact": doubles(*[NAN] * 7)}
+    report(logger, small_scores(**blank))
+    assert "influence/query" in logger.experiment.get_run(logger.run_id).data.metrics
+    assert logger.experiment.list_artifacts(logger.run_id) == []
+
+
+# ---------------------------------------------------------------------- several runs
+
+
+@OF_MLFLOW
+def test_two_callbacks_and_a_second_fit_keep_every_report(
+    tmp_path: Path, start_run: Callable[..., Any], start_mlflow: Callable[..., Any]
+) -> None:
+    loggers = [
+        TensorBoardLogger(tmp_path, name=None, version="run"),
+        start_run(),
+        start_mlflow(),
+        CSVLogger(tmp_path, name="csv", version="run"),
+    ]
+    settings = dict(estimator="sgd-ie", verify=0, top_k=2, console=False)
+    values = []
+    for seed in (0, 1):
+        callbacks = [
+            InfluenceCallback(**settings),
+            InfluenceCallback(monitor=twice_the_loss, **settings),
+        ]
+        module = Classifier(smooth_net(), sgd())
+        torch.manual_seed(seed)
+        loader = DataLoader(classification(12), batch_size=6, shuffle=True)
+        valid = DataLoader(classification(7, seed=3), batch_size=7)
+        trainer = quiet_trainer(tmp_path, max_epochs=1, callbacks=callbacks, logger=loggers)
+        trainer.fit(module, loader, valid)
+        values += [callback.scores.info["query_value"] for callback in callbacks]
+    assert len(set(values)) == 4
+    names = ["influence", "influence-1", "influence-2", "influence-3"]
+    _, wandb_logger, mlflow_logger, _ = loggers
+    found = events(tmp_path / "run")
+    for name in names:
+        assert len(found.Tensors(f"{name}/summary/text_summary")) == 1
+    assert [found.Scalars(f"{name}/query")[0].value for name in names] == pytest.approx(values)
+    metrics = mlflow_logger.experiment.get_run(mlflow_logger.run_id).data.metrics
+    assert [metrics[f"{name}/query"] for name in names] == pytest.approx(values)
+    for name in names:
+        kept = {path.name for path in (artifacts(mlflow_logger) / name).iterdir()}
+        assert kept == {"scores.csv", "report.html", "top_harmful.json", "top_helpful.json"}
+    contents = [(artifacts(mlflow_logger) / name / "scores.csv").read_text() for name in names]
+    assert len(set(contents)) == 4
+    tables = ["scores.csv", "scores-1.csv", "scores-2.csv", "scores-3.csv"]
+    assert [(tmp_path / "csv" / "run" / file).read_text() for file in tables] == contents
+    summary, files = written(wandb_logger)
+    assert [summary[f"{name}/query"] for name in names] == pytest.approx(values)
+    for name in names:
+        assert len(table_of(summary, files, f"{name}/top_harmful")) == 2
+
+
+def twice_the_loss(module: Any, batch: Any) -> Any:
+    x, y = batch
+    return 2 * module.loss(module.net(x), y)
 
 
 # ---------------------------------------------------------------------- all of them
@@ -303,17 +465,17 @@ class Failing(Recording):
 def test_a_logger_that_fails_is_named_and_costs_no_other() -> None:
     first, last = Recording(), Recording()
     with pytest.warns(UserWarning, match="report to Failing is incomplete: OSError: no space left"):
-        report_all([first, Failing(), last], small_scores(), step=12, console=False)
+        report_all([first, Failing(), last], Report(small_scores(), step=12), console=False)
     assert first.metrics == last.metrics != []
 
 
-def test_a_dataset_that_fails_costs_only_the_images(tmp_path: Path) -> None:
+def test_a_dataset_that_fails_costs_only_what_is_shown_of_it(tmp_path: Path) -> None:
     def unreadable(index: int) -> Any:
         raise FileNotFoundError("gone.png")
 
     logger = TensorBoardLogger(tmp_path, name=None, version="run")
-    with pytest.warns(UserWarning, match=r"TensorBoardLogger is incomplete: .*gone.png"):
-        report(logger, small_scores(), sample=unreadable)
+    with pytest.warns(UserWarning, match=r"no pictures or texts: .*FileNotFoundError: gone.png"):
+        report(logger, small_scores(), unreadable)
     logger.finalize("success")
     found = events(tmp_path / "run")
     assert set(found.Tags()["scalars"]) >= set(SCALARS)
@@ -328,16 +490,22 @@ def test_a_class_of_its_own_is_known_by_its_base(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "scores.csv").exists()
 
 
-def test_names_begin_with_the_namespace() -> None:
-    logger = Recording()
-    report(logger, small_scores(), namespace="influence_2")
-    assert {name.split("/")[0] for name in logger.metrics[0][0]} == {"influence_2"}
+def test_each_run_has_names_of_its_own_in_a_logger() -> None:
+    logger, other = Recording(), Recording()
+    one, two = object(), object()
+    found = Report(small_scores(), step=12)
+    for run in (one, two, one, None):
+        report_all([logger], found, run=run, console=False)
+    report_all([other], found, run=two, console=False)
+    names = [{name.split("/")[0] for name in metrics} for metrics, _ in logger.metrics]
+    assert names == [{"influence"}, {"influence-1"}, {"influence"}, {"influence-2"}]
+    assert "influence/query" in other.metrics[0][0]
 
 
 def test_the_console_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
-    report_all([], small_scores(), step=12)
+    report_all([], Report(small_scores(), step=12))
     assert "Most harmful" in capsys.readouterr().out
-    report_all([], small_scores(), step=12, console=False)
+    report_all([], Report(small_scores(), step=12), console=False)
     assert capsys.readouterr().out == ""
 
 
@@ -346,6 +514,6 @@ def test_only_rank_zero_reports(
 ) -> None:
     monkeypatch.setattr(rank_zero_only, "rank", 1)
     logger = Recording()
-    report_all([logger], small_scores(), step=12)
+    report_all([logger], Report(small_scores(), step=12))
     assert logger.metrics == []
     assert capsys.readouterr().out == ""

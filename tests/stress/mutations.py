@@ -55,6 +55,8 @@ EMBEDDINGS = "tests/test_embeddings.py"
 QUERY = "tests/test_query.py"
 PAGE = "tests/reports/test_html.py"
 BROWSER = "tests/reports/test_html_browser.py"
+LOGGERS = "tests/reports/test_loggers.py"
+SAMPLES = "tests/reports/test_samples.py"
 CLI = "tests/test_cli.py"
 EXPLAIN = "tests/test_explain.py"
 GROUPS = "tests/test_groups.py"
@@ -710,6 +712,20 @@ MUTATIONS = [
         "except Exception as error:",
         "except ZeroDivisionError as error:",
         PAGE,
+    ),
+    Mutation(
+        "two runs have the same names in a logger",
+        "reports/namespaces.py",
+        'return f"{_FIRST}-{number}" if number else _FIRST',
+        "return _FIRST",
+        LOGGERS,
+    ),
+    Mutation(
+        "what render= returns is not looked at",
+        "reports/samples.py",
+        "image = None if isinstance(found, Sequence) else as_image(found)",
+        "image = as_image(found)",
+        SAMPLES,
     ),
     Mutation(
         "an overwritten run keeps the earlier report",

@@ -19,8 +19,9 @@ from lightning_accie.agreement import Agreement
 from lightning_accie.images import ReadSample
 from lightning_accie.reports import words
 from lightning_accie.reports.html import commands, figures
-from lightning_accie.reports.html.samples import Shown, show_samples
+from lightning_accie.reports.html.samples import Shown, in_a_page
 from lightning_accie.reports.html.table import table
+from lightning_accie.reports.samples import Render, render_samples
 from lightning_accie.scores import InfluenceScores
 from lightning_accie.scores_files import CSV_FILE
 from lightning_accie.trajectory.files import write
@@ -73,6 +74,7 @@ def write_report(
     *,
     top_k: int = 25,
     sample: ReadSample | None = None,
+    render: Render | None = None,
     shown: Mapping[int, Shown] | None = None,
 ) -> Path:
     """Write the analysis as one HTML file, which opens from disk and loads nothing else.
@@ -90,12 +92,14 @@ def write_report(
         top_k: samples to show on each side.
         sample: reads a training sample by its index, such as `InfluenceEngine.sample`. Without it the
             samples are shown by their numbers and columns alone.
+        render: your own way to show a sample: ``callable(sample)``; see `InfluenceCallback`.
         shown: in place of ``sample``: what is shown of each sample, by index.
 
     Returns:
         The file's path.
 
     Raises:
+        RenderError: if ``render`` fails, or returns what cannot be shown.
         ValueError: if ``top_k`` is negative, or ``scores`` holds part of a ranking.
         OSError: where the file system refuses.
 
@@ -109,7 +113,8 @@ def write_report(
         raise ValueError("`scores` holds part of a ranking: give the scores of all samples.")
     harmful, helpful = scores.top_harmful(top_k), scores.top_helpful(top_k)
     if sample is not None:
-        shown = show_samples(sample, [*harmful.index.tolist(), *helpful.index.tolist()])
+        strongest = [*harmful.index.tolist(), *helpful.index.tolist()]
+        shown = in_a_page(render_samples(sample, strongest, render))
     cards = [_cards(top, shown or {}) for top in (harmful, helpful)]
     page = _render(scores, cards[0], cards[1], path.absolute().parent)
     # Texts of the user's may be no valid Unicode.

@@ -1,4 +1,4 @@
-"""What is shown of a training sample in a page: its picture, its text, or its values.
+"""What `reports.samples` shows of a training sample, in a page and in ``examples.json``.
 
 ``examples.json`` keeps this of the strongest samples, so that a report can be made again without the
 data. It is JSON:
@@ -13,20 +13,15 @@ import base64
 import io
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor
 
 from lightning_accie.errors import InfluenceError
-from lightning_accie.images import ReadSample, as_image
-from lightning_accie.replay import random_state
-from lightning_accie.reports.words import clean
+from lightning_accie.reports.samples import Rendered, as_text
 from lightning_accie.scores_files import EXAMPLES_FILE
 from lightning_accie.trajectory.files import read_regular, write
 
@@ -36,9 +31,6 @@ _PICTURE = re.compile(r"data:image/(png|jpeg);base64,[A-Za-z0-9+/]+={0,2}")
 _LARGEST_SIDE = 192
 _LARGEST_PNG = 20_000
 """Bytes beyond which a picture in colour is kept as JPEG."""
-_LONGEST_TEXT = 2000
-_MOST_VALUES = 24
-_MOST_NUMBERS = 16
 
 
 class ExamplesError(InfluenceError):
@@ -47,7 +39,7 @@ class ExamplesError(InfluenceError):
 
 @dataclass(frozen=True)
 class Shown:
-    """What is shown of a sample.
+    """What a page shows of a sample.
 
     Attributes:
         picture: a ``data:`` address of a PNG or JPEG; empty where there is no image.
@@ -60,27 +52,23 @@ class Shown:
     values: tuple[tuple[str, str], ...] = ()
 
 
-def show_samples(sample: ReadSample, indices: Iterable[int]) -> dict[int, Shown]:
-    """Read samples and make them fit to be shown.
+def in_a_page(rendered: Mapping[int, Rendered]) -> dict[int, Shown]:
+    """Make what is shown of samples fit for a page.
 
     Args:
-        sample: reads a sample by its index.
-        indices: of the samples.
+        rendered: what is shown of each sample, by index.
 
     Returns:
-        What is shown of each, by index. The random generators are left as they were. Without pillow
-        there are no pictures, and a warning says so.
+        The same with pictures as addresses and values as texts.
     """
-    with random_state.isolated():
-        found = {index: sample(index) for index in indices}
-        images = {index: _first_image(content) for index, content in found.items()}
-    if find_spec("PIL") is None and any(image is not None for image in images.values()):
-        rank_zero_warn(
-            "The report shows no pictures: that needs pillow "
-            "(`pip install 'lightning_accie[report]'`)."
+    return {
+        index: Shown(
+            "" if one.image is None else _address(one.image),
+            one.text,
+            tuple((name, as_text(value)) for name, value in one.values),
         )
-        images = dict.fromkeys(images)
-    return {index: _shown(content, images[index]) for index, content in found.items()}
+        for index, one in rendered.items()
+    }
 
 
 def write_examples(directory: Path, shown: Mapping[int, Shown]) -> None:
@@ -147,79 +135,6 @@ def _parsed(entry: Any) -> Shown:
 
 
 # ---------------------------------------------------------------------- from samples
-
-
-def _shown(sample: Any, image: np.ndarray | None) -> Shown:
-    text, values = "", []
-    pictured = image is None
-    for name, part in _parts(sample):
-        if not pictured and as_image(part) is not None:
-            pictured = True  # it stands there as a picture
-        elif isinstance(part, str) and not text:
-            text = part
-        else:
-            values.append((name, _value(part)))
-    left_out = len(values) - _MOST_VALUES
-    if left_out > 0:
-        values = [*values[:_MOST_VALUES], ("…", f"{left_out} more")]
-    return Shown("" if image is None else _address(image), _shortened(text), tuple(values))
-
-
-def _first_image(sample: Any) -> np.ndarray | None:
-    images = (as_image(part) for _, part in _parts(sample))
-    return next((image for image in images if image is not None), None)
-
-
-def _parts(sample: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(sample, Mapping):
-        for key, part in sample.items():
-            yield from _parts(part, f"{name}.{clean(key)}" if name else clean(key))
-    elif isinstance(sample, Sequence) and not isinstance(sample, (str, bytes)):
-        if _numbers(sample) is not None and len(sample) > 3:
-            yield name, sample
-            return
-        fields = getattr(sample, "_fields", None) or [f"[{n}]" for n in range(len(sample))]
-        for key, part in zip(fields, sample, strict=True):
-            joint = "." if name and not key.startswith("[") else ""
-            yield from _parts(part, f"{name}{joint}{key}")
-    else:
-        yield name, sample
-
-
-def _numbers(part: Any) -> list[Any] | None:
-    """The numbers of a vector; None where it is none."""
-    if isinstance(part, (Tensor, np.ndarray)) and len(part.shape) == 1:
-        part = part.tolist()
-    if not isinstance(part, (list, tuple)) or not part:
-        return None
-    return list(part) if all(isinstance(value, (int, float)) for value in part) else None
-
-
-def _value(part: Any) -> str:
-    if isinstance(part, (Tensor, np.ndarray, np.generic)) and not part.shape:
-        part = part.item()
-    numbers = _numbers(part)
-    if numbers is not None:
-        rest = f", … ({len(numbers)} numbers)" if len(numbers) > _MOST_NUMBERS else ""
-        return ", ".join(map(_number, numbers[:_MOST_NUMBERS])) + rest
-    if isinstance(part, (bool, int, float)):
-        return _number(part)
-    if isinstance(part, (Tensor, np.ndarray)):
-        dtype = str(part.dtype).removeprefix("torch.")
-        return f"{type(part).__name__} [{', '.join(map(str, part.shape))}] {dtype}"
-    if part is None or isinstance(part, str):
-        return _shortened(clean(part))
-    return type(part).__name__
-
-
-def _number(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _shortened(text: str) -> str:
-    # Line ends may matter in a text; what cannot be printed does not.
-    lines = "\n".join(clean(line) for line in text.splitlines())
-    return lines if len(lines) <= _LONGEST_TEXT else f"{lines[:_LONGEST_TEXT]}…"
 
 
 def _address(image: np.ndarray) -> str:

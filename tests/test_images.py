@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections import namedtuple
 from typing import Any
 
@@ -12,8 +11,6 @@ import torch
 from PIL import Image
 
 from lightning_accie.images import as_image
-from lightning_accie.reports import media
-from lightning_accie.reports.media import pictures
 
 Pair = namedtuple("Pair", ["image", "label"])
 
@@ -156,23 +153,3 @@ def test_pillow_images(mode: str, color: Any, shown: list[int]) -> None:
 
 def test_a_gradient_does_not_get_in_the_way() -> None:
     assert as_image(torch.rand(64, 64, requires_grad=True)) is not None
-
-
-def test_pictures_are_read_by_index_without_touching_the_generators() -> None:
-    def sample(index: int) -> Any:
-        return (torch.full((64, 64), index / 255) if index % 2 else torch.rand(9), index)
-
-    before = torch.get_rng_state()
-    found = pictures(sample, torch.tensor([5, 2, 201]))
-    assert torch.equal(torch.get_rng_state(), before)
-    assert found[1] is None
-    assert [int(found[place][0, 0, 0]) for place in (0, 2)] == [5, 201]
-    assert pictures(None, torch.tensor([1, 2])) == [None, None]
-
-
-def test_without_pillow_images_are_left_out_and_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(media, "find_spec", lambda name: None)
-    monkeypatch.delitem(sys.modules, "PIL.Image")
-    with pytest.warns(UserWarning, match="pip install pillow"):
-        assert pictures(lambda index: torch.rand(64, 64), torch.tensor([1, 2])) == [None, None]
-    assert pictures(lambda index: torch.rand(64), torch.tensor([1])) == [None]

@@ -1,0 +1,39 @@
+"""For MLFlowLogger: scalars, the files, tables and pictures of the strongest samples."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning_accie.reports.metrics import scalars
+from lightning_accie.reports.report import Report
+from lightning_accie.scores import InfluenceScores
+
+
+def report(report: Report, logger: Any, namespace: str) -> None:
+    """Log everything that MLflow can show.
+
+    The run's artifacts get ``scores.csv`` and ``report.html`` as they were written beside the scores,
+    ``top_harmful.json`` and ``top_helpful.json`` as tables, and the pictures of the samples in them,
+    called by their place, all in a folder of the namespace's name.
+
+    Args:
+        report: what was found.
+        logger: an MLFlowLogger.
+        namespace: what the names of metrics begin with, and the folder's name.
+    """
+    logger.log_metrics(scalars(report.scores, namespace), step=report.step)
+    client, run = logger.experiment, logger.run_id
+    for file in report.files:
+        client.log_artifact(run, str(file), namespace)
+    for name, top in report.sides().items():
+        if len(top):
+            client.log_table(run, report.table(top), f"{namespace}/{name}.json")
+        _log_pictures(report, top, client, run, f"{namespace}/{name}")
+
+
+def _log_pictures(report: Report, top: InfluenceScores, client: Any, run: str, folder: str) -> None:
+    indices = top.index.tolist()
+    for place, (index, shown) in enumerate(zip(indices, report.shown(top), strict=True)):
+        if shown.image is not None:
+            name = f"{folder}/{place + 1:02d}-sample-{index}.png"
+            client.log_image(run, shown.image, artifact_file=name)
