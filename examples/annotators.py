@@ -2,9 +2,9 @@
 
     python examples/annotators.py
 
-Five annotators label 120 of scikit-learn's digits each. Four take every fiftieth for another digit,
-one is careless and takes every fourth. The single influences of an annotator's pictures are added
-up, and the run is replayed exactly without each annotator's pictures.
+Five annotators label about 120 of scikit-learn's digits each. Four take every fiftieth for another
+digit, one is careless and takes every fourth. The single influences of an annotator's pictures are
+added up, and the run is replayed exactly without each annotator's pictures.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ class DigitClassifier(LightningModule):
 
 
 def make_data(seed: int) -> tuple[TensorDataset, TensorDataset]:
-    """Pictures, labels and the annotator's number: 600 to train with, 1197 to validate."""
+    """Pictures, labels and the annotator's number: 600 to train with, 400 to validate."""
     digits = load_digits()
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(digits.target), generator=generator)
+    order = torch.randperm(len(digits.target), generator=generator)[:1000]
     images = torch.tensor(digits.images / 16, dtype=torch.float32)[order, None]
     labels = torch.tensor(digits.target)[order]
     annotator = torch.randint(0, len(ANNOTATORS), (len(order),), generator=generator)

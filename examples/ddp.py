@@ -52,10 +52,10 @@ def make_data() -> tuple[TensorDataset, TensorDataset]:
 def train_and_rank(
     loader: DataLoader[Any], val: DataLoader[Any], out: Path, seed: int, **trainer_settings: Any
 ) -> tuple[Trainer, InfluenceScores]:
-    influence = InfluenceCallback(dirpath=out, overwrite=True, top_k=5, verify=10)
+    influence = InfluenceCallback(dirpath=out, overwrite=True, top_k=3, verify=6)
     seed_everything(seed, verbose=False)
     trainer = Trainer(
-        max_epochs=6,
+        max_epochs=5,
         accelerator="cpu",
         callbacks=[influence],
         logger=False,
