@@ -144,6 +144,7 @@ def main() -> None:
     console.print(
         f"\nRanking: {arguments.out / 'scores.csv'}\nReport:  {arguments.out / 'report.html'}"
     )
+    assert hits >= 0.6 * len(worst), "the flipped labels do not lead the ranking"
 
 
 def compare(
