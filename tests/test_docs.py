@@ -34,6 +34,7 @@ RUNNING_HOW_TO = [
     "explain-predictions",
     "find-harmful-data",
     "interruptions",
+    "live",
     "notebooks",
     "own-losses",
     "own-optimiser",
