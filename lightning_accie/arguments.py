@@ -190,6 +190,7 @@ _RULES: dict[str, _Rule] = {
     "acc": (_yes_or_no, "True or False"),
     "resume": (_yes_or_no, "True or False"),
     "report": (_one_of(*REPORTS), f"one of {', '.join(map(repr, REPORTS))}"),
+    "live": (_yes_or_no, "True or False"),
     "console": (_yes_or_no, "True or False"),
     "full_precision": (_yes_or_no, "True or False"),
     "seed": (_whole(0), "an integer of at least 0"),

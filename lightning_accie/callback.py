@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ from lightning_accie.engine import InfluenceEngine
 from lightning_accie.errors import DescribeError, InfluenceError
 from lightning_accie.estimators import Estimator, SgdIE, resolve_estimator
 from lightning_accie.estimators.layers import Layers
+from lightning_accie.live import LiveView, check_live
 from lightning_accie.progress import close_bar, progress_like
 from lightning_accie.query import QueryFunction
 from lightning_accie.replay.module import SampleLosses
+from lightning_accie.replay.walker import Visit
 from lightning_accie.reports import render_strongest, report_all
 from lightning_accie.reports.html.beside import write_beside
 from lightning_accie.reports.report import Report
@@ -87,12 +90,17 @@ class InfluenceCallback(CallbackBase):
             ``"figures"``, nothing of the samples but their numbers and the columns of ``describe=``,
             and the loggers get no more either; or ``"none"`` to write neither file.
         console: whether to print the ranking when `fit` ends.
+        live: whether to show which samples harm while the run goes on: at the end of each validation,
+            SGD-IE over the steps since the last one. That takes about as long as these steps did, or
+            up to four times that, and changes nothing in the training. In one process only.
         full_precision: after mixed precision, whether the analysis runs without autocast; see
             `InfluenceEngine`.
         seed: of the random choice of samples to verify.
 
     Attributes:
         scores: the `InfluenceScores`, once `fit` has ended; None before, and with ``run="manual"``.
+        live_scores: with ``live=True`` the `InfluenceScores` of the steps up to the latest validation,
+            for the samples that these drew; None before.
 
     Raises:
         MisconfigurationException: if an argument has a wrong type or value.
@@ -128,6 +136,7 @@ class InfluenceCallback(CallbackBase):
         loss_column: bool = False,
         report: str = "full",
         console: bool = True,
+        live: bool = False,
         full_precision: bool = False,
         seed: int = 0,
     ) -> None:
@@ -153,6 +162,7 @@ class InfluenceCallback(CallbackBase):
             loss_column=loss_column,
             report=report,
             console=console,
+            live=live,
             full_precision=full_precision,
             seed=seed,
         )
@@ -176,14 +186,17 @@ class InfluenceCallback(CallbackBase):
         self.loss_column = loss_column
         self.report = report
         self.console = console
+        self.live = live
         self.full_precision = full_precision
         self.seed = seed
         self.scores: InfluenceScores | None = None
+        self.live_scores: InfluenceScores | None = None
         # Lightning asks for the key at every hook of every batch.
         self._state_key = self._generate_state_key(
             monitor=self._monitor_name, dirpath=str(self.dirpath)
         )
         self._recording: Recording | None = None
+        self._view: LiveView | None = None
 
     @property
     def state_key(self) -> str:
@@ -210,7 +223,8 @@ class InfluenceCallback(CallbackBase):
         if self._recording is not None:
             self._recording.detach()
         hooks.unskip(self)
-        self.scores = None
+        self.scores = self.live_scores = None
+        self._view = self._live_view() if self.live else None
         self._recording = Recording(self._recording_settings(), trainer, pl_module)
         self._recording.attach(owner=self)
         hooks.skip(self, InfluenceCallback, hooks.UNUSED)
@@ -221,10 +235,10 @@ class InfluenceCallback(CallbackBase):
             monitor_name=self._monitor_name,
             state_key=self.state_key,
             at=self.at,
-            analyses=self.run == "fit_end",
+            analyses=self.run == "fit_end" or self.live,
             capture=self.capture,
             sample_id=self.sample_id,
-            probe=(resolve_estimator(self.estimator, self.layers) or SgdIE(self.layers)).probe,
+            probe=self._probe(),
             dirpath=self.dirpath,
             overwrite=self.overwrite,
             disk_budget=self._disk_budget,
@@ -232,6 +246,32 @@ class InfluenceCallback(CallbackBase):
             query_dataloader=self.query_dataloader,
             describe=self.describe,
             render=self.render,
+            full_precision=self.full_precision,
+            live=self.live,
+        )
+
+    def _probe(self) -> Callable[[Visit], None]:
+        chosen = resolve_estimator(self.estimator, self.layers)
+        estimators = [
+            *([chosen] if chosen else []),
+            *([SgdIE(self.layers)] if self.live or not chosen else []),
+        ]
+
+        def probe(visit: Visit) -> None:
+            for estimator in estimators:
+                estimator.probe(visit)
+
+        return probe
+
+    def _live_view(self) -> LiveView:
+        return LiveView(
+            monitor=self.monitor,
+            estimator=SgdIE(self.layers),
+            top_k=self.top_k,
+            memory_budget=self._memory_budget,
+            sample_losses=self.sample_losses,
+            query_dataloader=self.query_dataloader,
+            describe=self.describe,
             full_precision=self.full_precision,
         )
 
@@ -251,6 +291,8 @@ class InfluenceCallback(CallbackBase):
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Refuse modules and optimisers that cannot be replayed."""
         check_module(trainer, pl_module)
+        if self.live:
+            check_live(trainer)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Start recording."""
@@ -263,6 +305,14 @@ class InfluenceCallback(CallbackBase):
         """After the first optimiser step: replay it, and refuse what does not come out the same."""
         if self._recording is not None and self._recording.batch_ended():
             hooks.skip(self, InfluenceCallback, ("on_train_batch_end",))
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """Show which samples harm, if that was asked for."""
+        if self._view is None or self._recording is None or trainer.sanity_checking:
+            return
+        scores = self._view.look(self._recording, pl_module, trainer)
+        if scores is not None:
+            self.live_scores = scores
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Every sample of an epoch was summed up once."""

@@ -52,6 +52,7 @@ CALLBACK: dict[str, list[Any]] = {
     "loss_column": YES_NO,
     "report": [None, True, False, "html"],
     "console": YES_NO,
+    "live": YES_NO,
     "full_precision": YES_NO,
     "seed": WHOLE,
 }

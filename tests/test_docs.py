@@ -1,11 +1,16 @@
 """The documentation's Python blocks run, and its lists are those of the code.
 
-A block fenced as ``python`` runs; the blocks of a page share one namespace, in order. After a line
-``<!-- not run -->`` a block is only compiled.
+The blocks of a page run in order, in a directory of their own: a block fenced as ``python`` in one
+namespace of the page, one fenced as ``bash`` where a line ``<!-- run -->`` stands before it. A block
+with ``title="train.py"`` is written to that file. After ``<!-- not run -->`` Python is only compiled.
 """
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +26,7 @@ from lightning_accie.scores import CSV_HEADER
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = [*sorted(DOCS.rglob("*.md")), ROOT / "README.md"]
-NOT_RUN = "<!-- not run -->"
+NOT_RUN, RUN = "<!-- not run -->", "<!-- run -->"
 RUNNING_HOW_TO = [
     "augmentation-and-streams",
     "clean-and-retrain",
@@ -29,6 +34,7 @@ RUNNING_HOW_TO = [
     "explain-predictions",
     "find-harmful-data",
     "interruptions",
+    "live",
     "notebooks",
     "own-losses",
     "own-optimiser",
@@ -42,12 +48,31 @@ FENCE = "```"
 class Block:
     page: Path
     line: int
+    language: str
+    title: str | None
     source: str
     runs: bool
 
     def compiled(self) -> CodeType:
         # With blank lines in front, a traceback names the page's own line.
         return compile("\n" * (self.line - 1) + self.source, str(self.page), "exec")
+
+    def run(self, namespace: dict[str, object]) -> None:
+        if self.title is not None:
+            Path(self.title).write_text(self.source, encoding="utf-8")
+        elif self.language == "python":
+            exec(self.compiled(), namespace)
+        else:
+            run_in_shell(self.source)
+
+
+def run_in_shell(source: str) -> None:
+    """Run shell commands with this Python, and this checkout of the package, in front."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)}
+    command = ["bash", "-euo", "pipefail", "-c", source]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, f"{source}{done.stdout[-3000:]}{done.stderr[-3000:]}"
 
 
 def blocks_of(page: Path) -> list[Block]:
@@ -60,15 +85,23 @@ def blocks_of(page: Path) -> list[Block]:
         if opened is None:
             opened = number
             continue
-        language = lines[opened].strip().removeprefix(FENCE)
-        assert language == "python" or not language.startswith("py"), f"{page}:{opened + 1}"
-        if language == "python":
-            source = textwrap.dedent("\n".join(lines[opened + 1 : number])) + "\n"
-            runs = opened == 0 or lines[opened - 1].strip() != NOT_RUN
-            blocks.append(Block(page, opened + 2, source, runs))
+        blocks.append(block_of(page, lines, opened, number))
         opened = None
     assert opened is None, f"{page}:{opened} opens a block that nothing closes"
     return blocks
+
+
+def block_of(page: Path, lines: list[str], opened: int, closed: int) -> Block:
+    found = re.fullmatch(
+        r'(\w*)(?: title="([\w./-]+)")?', lines[opened].strip().removeprefix(FENCE)
+    )
+    assert found, f"{page}:{opened + 1}"
+    language, title = found.groups()
+    assert language == "python" or not language.startswith("py"), f"{page}:{opened + 1}"
+    before = lines[opened - 1].strip() if opened else ""
+    runs = before == RUN or title is not None or (language == "python" and before != NOT_RUN)
+    source = textwrap.dedent("\n".join(lines[opened + 1 : closed])) + "\n"
+    return Block(page, opened + 2, language, title, source, runs)
 
 
 BLOCKS = {page.relative_to(ROOT).as_posix(): blocks_of(page) for page in PAGES}
@@ -82,7 +115,8 @@ def page_text(name: str) -> str:
 @pytest.mark.parametrize("name", BLOCKS)
 def test_every_block_compiles(name: str) -> None:
     for block in BLOCKS[name]:
-        block.compiled()
+        if block.language == "python":
+            block.compiled()
 
 
 @pytest.mark.parametrize("name", RUNNABLE)
@@ -94,11 +128,12 @@ def test_the_blocks_of_a_page_run(
     namespace = {"__name__": f"docs_{Path(name).stem}"}
     for block in BLOCKS[name]:
         if block.runs:
-            exec(block.compiled(), namespace)
+            block.run(namespace)
 
 
 def test_the_pages_that_teach_by_running_do_run() -> None:
-    how_to = {f"docs/how-to/{page}.md" for page in RUNNING_HOW_TO}
+    pages = [*RUNNING_HOW_TO, "lightning-cli", "several-devices"]
+    how_to = {f"docs/how-to/{page}.md" for page in pages}
     assert {"docs/quickstart.md", "docs/files.md", *how_to} <= set(RUNNABLE)
 
 

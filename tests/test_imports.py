@@ -24,7 +24,7 @@ ORDER = (
     ("embeddings", "explanation"),
     ("progress", "reports", "described", "crew", "launch", "export", "comparison"),
     ("capture", "arguments"),
-    ("matching", "doctor"),
+    ("matching", "doctor", "live"),
     ("engine",),
     ("callback",),
     ("cli",),

@@ -50,16 +50,17 @@ def run(
 ) -> Any:
     model, losses = module(configure), Losses()
     train = DataLoader(data(32, 0), batch_size=6, **loader)
-    valid = DataLoader(data(15, 1), batch_size=7, shuffle=True)
+    own = torch.Generator().manual_seed(2)  # of the loader's own, beside the global one
+    valid = DataLoader(data(15, 1), batch_size=7, shuffle=True, generator=own)
     torch.manual_seed(7)
     np.random.seed(7)  # noqa: NPY002
     random.seed(7)
     trainer_ = quiet_trainer(root, callbacks=[losses, *callbacks], **trainer)
     trainer_.fit(model, train, valid)
-    return model, losses.losses, generators(), train, trainer_
+    return model, losses.losses, (*generators(), own.get_state().tolist()), train, trainer_
 
 
-@pytest.mark.parametrize("when", ["manual", "fit_end"])
+@pytest.mark.parametrize("when", ["manual", "fit_end", "live"])
 @pytest.mark.parametrize(
     ("configure", "loader", "trainer"),
     [
@@ -77,7 +78,10 @@ def test_training_is_bit_identical(
     tmp_path: Path, when: str, configure: Any, loader: dict[str, Any], trainer: dict[str, Any]
 ) -> None:
     plain, losses, states, *_ = run(tmp_path / "a", configure, loader, [], **trainer)
-    callback = InfluenceCallback(run=when, verify=4, top_k=2, console=False)
+    live = when == "live"
+    callback = InfluenceCallback(
+        run="manual" if live else when, live=live, verify=4, top_k=2, console=False
+    )
     model, seen, after, train, trainer_ = run(
         tmp_path / "b", configure, loader, [callback], **trainer
     )
@@ -86,6 +90,7 @@ def test_training_is_bit_identical(
     for name, value in plain.state_dict().items():
         assert torch.equal(model.state_dict()[name], value), name
     assert (callback.scores is not None) == (when == "fit_end")
+    assert (callback.live_scores is not None) == live
     assert type(train) is DataLoader
     assert not {"log", "log_dict", "print"} & vars(model).keys()
     assert all(parameter.requires_grad for parameter in model.parameters())

@@ -19,8 +19,9 @@ from lightning_accie.capture.generators import kept as kept_generators
 from lightning_accie.capture.opening import open_recording
 from lightning_accie.capture.recorder import Recorder, describe
 from lightning_accie.capture.saved import SavedSteps, check_saver
-from lightning_accie.capture.self_check import CACHE, FirstStep, QueryCheck, check_first_step
+from lightning_accie.capture.self_check import CACHE, QueryCheck, check_first_step
 from lightning_accie.capture.sink import FirstStepWatch, FurtherRankSink, GuardedSink
+from lightning_accie.capture.stretch import Stretch, Window
 from lightning_accie.capture.support import check_trainer
 from lightning_accie.capture.training_data import DataCapture
 from lightning_accie.data import validation_loaders
@@ -28,6 +29,7 @@ from lightning_accie.described import Describe
 from lightning_accie.errors import InfluenceError, TrajectoryError, UnsupportedError
 from lightning_accie.processes import Processes
 from lightning_accie.query import QueryFunction, check_query
+from lightning_accie.replay.batches import Batches
 from lightning_accie.replay.module import SampleLosses, TrainingProgram
 from lightning_accie.replay.walker import Snapshot, Visit
 from lightning_accie.reports.samples import Render
@@ -48,6 +50,7 @@ class RecordingSettings:
         state_key: tells several callbacks of one Trainer apart.
         analyses: whether the run is ranked when `fit` ends.
         probe: what the estimator computes at a step (`Estimator.probe`).
+        live: whether the steps between validations are kept at hand (`Recording.cut`).
     """
 
     monitor: QueryFunction | str
@@ -66,6 +69,7 @@ class RecordingSettings:
     describe: Describe | None
     render: Render | None
     full_precision: bool
+    live: bool
 
 
 class Recording:
@@ -99,6 +103,7 @@ class Recording:
         self._recorder: Recorder | None = None
         self._writer: TrajectoryWriter | None = None
         self._first: FirstStepWatch | None = None
+        self._window: Window | None = None
         self._saved: SavedSteps | None = None
         self._temporary: Path | None = None
         self._resumed_from: resume.Bookmark | None = None
@@ -204,6 +209,8 @@ class Recording:
             if self.processes.first
             else FurtherRankSink(*guarded, recorder.forget_random)
         )
+        if self._settings.live:
+            recorder.sink = self._window = Window(header, initial, recorder.sink)
         if data.kind == "batches":
             data.keep_in(self._writer)
             recorder.keep = self._keep
@@ -271,7 +278,9 @@ class Recording:
         with kept_generators([source, trainer.datamodule]):
             form = self.processes.on_first(
                 lambda: check_first_step(
-                    FirstStep(first.header, merged_step(steps), first.before, after),
+                    Stretch(
+                        first.header, [merged_step(steps)], first.before, after, "the first step"
+                    ),
                     self._module,
                     source,
                     live=trainer,
@@ -317,6 +326,45 @@ class Recording:
             self._writer.update_header(values, at_once=at_once)
         except TrajectoryError as error:
             self._stop(error)
+
+    # ------------------------------------------------------------------ while the run goes on
+
+    @property
+    def running(self) -> bool:
+        """Whether steps are being recorded."""
+        return self._writer is not None and not self.complete
+
+    def mid_window(self) -> bool:
+        """Whether micro-batches have run whose optimiser step has not."""
+        if self._recorder is None:
+            return False
+        self._recorder.settle()
+        return self._recorder.mid_window
+
+    def cut(self) -> tuple[Stretch, Batches] | None:
+        """Take the steps since the last call out of the run, which goes on.
+
+        To be called between two optimiser steps, with ``live`` among the settings.
+
+        Returns:
+            The steps, and where their batches come from; None where there are none.
+
+        Raises:
+            TrajectoryError: if batches are kept, and cannot be written to disk.
+        """
+        if self._recorder is None or self._window is None:
+            return None
+        steps = self._settled_steps()
+        if not self.running or not len(self._window):
+            return None
+        device = self._trainer.strategy.root_device
+        source = self._data.first_source(self.combined, device, CACHE)
+        return self._window.cut(self._recorder.take(steps, copy=True)), source
+
+    def cut_no_more(self) -> None:
+        """Keep no steps at hand from here on."""
+        if self._window is not None:
+            self._window.stop()
 
     def epoch_ended(self) -> None:
         """Every sample of an epoch was summed up once."""

@@ -6,14 +6,14 @@ What cannot be replayed is refused within the first seconds, not after hours.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from lightning_accie.capture.stretch import Stretch
 from lightning_accie.described import Describe, described
 from lightning_accie.errors import ReplayMismatchError, UnsupportedError
 from lightning_accie.replay import random_state
@@ -25,7 +25,6 @@ from lightning_accie.replay.probe import check_derivatives, find_loss_form
 from lightning_accie.replay.state import State
 from lightning_accie.replay.walker import Snapshot, Visit, Walker
 from lightning_accie.reports.samples import Render, render_samples
-from lightning_accie.trajectory.records import Checkpoint, Step
 
 CACHE = 2**26
 """Bytes of memory that the check may take."""
@@ -34,41 +33,8 @@ _MOVEMENT_TOLERANCE = 0.05
 """Adam's first step turns rounding into movement where a gradient is next to zero."""
 
 
-class FirstStep:
-    """A trajectory of one step, in memory; what `Walker` reads of a `Trajectory`."""
-
-    directory = Path("(the first step)")
-
-    def __init__(
-        self, header: Mapping[str, Any], step: Step, before: Checkpoint, after: Checkpoint
-    ) -> None:
-        self.header = header
-        self._step = step
-        self._checkpoints = {0: before, 1: after}
-        self.checkpoint_steps = (0, 1)
-
-    def __len__(self) -> int:
-        return 1
-
-    def step(self, number: int) -> Step:
-        """Give the only step.
-
-        Returns:
-            The step.
-        """
-        return self._step
-
-    def checkpoint(self, step: int) -> Checkpoint:
-        """Give the state before or after it.
-
-        Returns:
-            The checkpoint.
-        """
-        return self._checkpoints[step]
-
-
 def check_first_step(
-    first: FirstStep,
+    first: Stretch,
     module: Any,
     source: Batches,
     *,
@@ -150,7 +116,7 @@ def check_first_step(
     return form
 
 
-def _first_sample(first: FirstStep, source: Batches) -> list[int]:
+def _first_sample(first: Stretch, source: Batches) -> list[int]:
     numbers = [source.sample_numbers(micro).tolist() for micro in first.step(0).micro_batches]
     return [number for part in numbers for number in part][:1]
 
@@ -166,7 +132,7 @@ def _left_out(names: Sequence[str]) -> str:
     )
 
 
-def _check_finite(first: FirstStep) -> None:
+def _check_finite(first: Stretch) -> None:
     """A step that leaves no finite weights says nothing about the module."""
     losses = [micro.loss for micro in first.step(0).micro_batches if micro.loss is not None]
     tensors = first.checkpoint(1).tensors
@@ -181,7 +147,7 @@ def _check_finite(first: FirstStep) -> None:
         )
 
 
-def _check_movement(replayed: State, visit: Visit, first: FirstStep) -> None:
+def _check_movement(replayed: State, visit: Visit, first: Stretch) -> None:
     """The gradient of the returned loss must be all that moved the parameters."""
     # Compared with how far they moved, which may be little beside their size.
     after = first.checkpoint(1).tensors

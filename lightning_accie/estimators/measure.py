@@ -98,17 +98,20 @@ def choose_ways(replay: Replay) -> Ladder:
     refused = walker.program.untransformed
     if refused is not None:
         ladder.reasons["torch.func"] = refused
-    _choose_product(ladder)
+    choose_product(ladder)
     walker.vectorize = replay.query.vectorize = refused is None and _maps(ladder, replay)
     _choose_tangents(ladder, replay)
     return ladder
 
 
-def _choose_product(ladder: Ladder) -> None:
-    """The cheaper way to a Hessian product; some operators have no forward mode, or a wrong one.
+def choose_product(ladder: Ladder) -> None:
+    """Choose the cheaper way to a Hessian product; some operators have no forward mode, or a wrong one.
 
     Differentiating the forward-mode derivative of batch normalisation gives another result than
     differentiating its gradient (seen in torch 2.13), which is the right one.
+
+    Args:
+        ladder: whose walker is set to the choice.
     """
     walker = ladder.walker
     visit = next(walker.forwards())

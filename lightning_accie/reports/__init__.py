@@ -8,8 +8,9 @@ from typing import Any
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
 from lightning_accie.images import ReadSample
-from lightning_accie.reports import csv, generic, mlflow, tensorboard, wandb
+from lightning_accie.reports import csv, generic, mlflow, tensorboard, wandb, words
 from lightning_accie.reports.console import print_report
+from lightning_accie.reports.metrics import live_scalars
 from lightning_accie.reports.namespaces import namespace_of
 from lightning_accie.reports.report import Report
 from lightning_accie.reports.samples import Render, Rendered, render_samples
@@ -79,6 +80,32 @@ def render_strongest(
             f"{type(error).__name__}: {error}. The scores are not affected."
         )
         return {}
+
+
+@rank_zero_only
+def report_live(
+    loggers: Iterable[Any],
+    scores: InfluenceScores,
+    top: InfluenceScores,
+    *,
+    step: int,
+    run: object,
+) -> None:
+    """Tell every logger of the samples that harm most while the run goes on; on rank 0 only.
+
+    Args:
+        loggers: Lightning loggers.
+        scores: of the samples that the latest steps drew.
+        top: the most harmful of them, with the user's columns.
+        step: the training step to log at.
+        run: see `report_all`.
+    """
+    for logger in loggers:
+        namespace = f"{namespace_of(logger, run)}/live"
+        logger.log_metrics(live_scalars(scores, namespace), step=step)
+        table = getattr(_reader(logger), "table", None)
+        if table is not None and len(top):
+            table(top, words.live_title(scores), logger, f"{namespace}/top_harmful", step)
 
 
 def _reader(logger: Any) -> Any:

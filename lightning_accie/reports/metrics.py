@@ -24,15 +24,38 @@ def scalars(scores: InfluenceScores, namespace: str) -> dict[str, float]:
         ``namespace/``. What is unknown is left out.
     """
     figures: dict[str, Any] = {
-        "query": scores.info.get("query_value"),
-        "most_harmful": next(iter(scores.top_harmful(1).influence.tolist()), None),
-        "most_helpful": next(iter(scores.top_helpful(1).influence.tolist()), None),
+        **_ends(scores),
         "replayed": scores.replayed,
         "untrusted": int((~scores.trusted).sum()),
     }
     main = scores.main_agreement
     if main is not None:
         figures |= {f"agreement/{name}": getattr(main, name) for name in _AGREEMENT}
+    return _named(figures, namespace)
+
+
+def live_scalars(scores: InfluenceScores, namespace: str) -> dict[str, float]:
+    """Name the figures to follow while a run goes on.
+
+    Args:
+        scores: of the samples that the latest steps drew.
+        namespace: what names begin with.
+
+    Returns:
+        ``query``, ``most_harmful`` and ``most_helpful``, as `scalars` has them.
+    """
+    return _named(_ends(scores), namespace)
+
+
+def _ends(scores: InfluenceScores) -> dict[str, Any]:
+    return {
+        "query": scores.info.get("query_value"),
+        "most_harmful": next(iter(scores.top_harmful(1).influence.tolist()), None),
+        "most_helpful": next(iter(scores.top_helpful(1).influence.tolist()), None),
+    }
+
+
+def _named(figures: dict[str, Any], namespace: str) -> dict[str, float]:
     return {
         f"{namespace}/{name}": float(value)
         for name, value in figures.items()

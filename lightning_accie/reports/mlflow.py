@@ -31,6 +31,20 @@ def report(report: Report, logger: Any, namespace: str) -> None:
         _log_pictures(report, top, client, run, f"{namespace}/{name}")
 
 
+def table(top: InfluenceScores, title: str, logger: Any, name: str, step: int) -> None:
+    """Log one table, as an artifact of its own for each step.
+
+    Args:
+        top: its rows.
+        title: not used here: MLflow's tables have none.
+        logger: an MLFlowLogger.
+        name: the artifact's path, without the step.
+        step: the training step.
+    """
+    data = Report(top, step).table(top)
+    logger.experiment.log_table(logger.run_id, data, f"{name}/step-{step:06d}.json")
+
+
 def _log_pictures(report: Report, top: InfluenceScores, client: Any, run: str, folder: str) -> None:
     indices = top.index.tolist()
     for place, (index, shown) in enumerate(zip(indices, report.shown(top), strict=True)):

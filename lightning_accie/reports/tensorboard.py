@@ -48,6 +48,20 @@ def report(report: Report, logger: Any, namespace: str) -> None:
     writer.flush()
 
 
+def table(top: InfluenceScores, title: str, logger: Any, name: str, step: int) -> None:
+    """Log one table.
+
+    Args:
+        top: its rows.
+        title: what stands above it.
+        logger: a TensorBoardLogger.
+        name: its tag.
+        step: the training step to log at.
+    """
+    logger.experiment.add_text(name, _markdown(title, top, {}), step)
+    logger.experiment.flush()
+
+
 def _caption(row: list[str], top: InfluenceScores) -> str:
     place, index, influence, *_ = row
     own = zip(top.columns, row[len(words.COLUMNS) :], strict=True)

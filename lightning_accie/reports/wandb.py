@@ -30,6 +30,19 @@ def report(report: Report, logger: Any, namespace: str) -> None:
     logger.log_metrics(figures, step=report.step)
 
 
+def table(top: InfluenceScores, title: str, logger: Any, name: str, step: int) -> None:
+    """Log one table.
+
+    Args:
+        top: its rows.
+        title: not used here: W&B's tables have none.
+        logger: a WandbLogger.
+        name: its key.
+        step: the training step to log at.
+    """
+    logger.log_metrics({name: _table(Report(top, step), top)}, step=step)
+
+
 def _table(report: Report, top: InfluenceScores) -> Any:
     import wandb
 

@@ -15,6 +15,7 @@ COLUMNS = ("#", "sample", "influence", "exact", "visits")
 LEGEND = "exact: ✓ = replayed without the sample, ? = estimate not to be relied on"
 
 _LONGEST_CELL = 28
+_IN_A_LINE = 5
 _ENOUGH = 8
 """Samples that it takes to tell an order from chance."""
 
@@ -57,6 +58,41 @@ def helpful_title(scores: InfluenceScores) -> str:
         A table's title.
     """
     return f"Most helpful: {query(scores)} would be higher without it"
+
+
+def live_title(scores: InfluenceScores) -> str:
+    """Say what a ranking of the latest steps alone means.
+
+    Args:
+        scores: of `LiveView`.
+
+    Returns:
+        A table's title.
+    """
+    first, last = scores.info["window"]
+    return (
+        f"Most harmful in steps {first} to {last}: without it in these steps {query(scores)}, now "
+        f"{scores.info['query_value']:.4g}, would be lower"
+    )
+
+
+def live_line(scores: InfluenceScores) -> str:
+    """Name the most harmful samples of the latest steps, for the log.
+
+    Args:
+        scores: of `LiveView`.
+
+    Returns:
+        A line.
+    """
+    first, last = scores.info["window"]
+    top = scores.top_harmful(_IN_A_LINE)
+    rows = zip(top.index.tolist(), top.influence.tolist(), strict=True)
+    told = ", ".join(f"{index} ({influence:+.2e})" for index, influence in rows)
+    return (
+        f"Influence in steps {first} to {last} on {query(scores)} = "
+        f"{scores.info['query_value']:.4g}: most harmful {told or 'none'}"
+    )
 
 
 def cells(scores: InfluenceScores) -> list[list[str]]:

@@ -1,4 +1,4 @@
-"""A headless Chromium without a network, for the tests of `report.html`."""
+"""A headless Chromium without a network, for the tests of `report.html` and of the docs' site."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ CHROMIUM = next(
 )
 DRIVER = shutil.which("chromedriver")
 FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage")
+NO_NETWORK = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
 
 
 class Browser:
@@ -22,7 +23,7 @@ class Browser:
     def __init__(self) -> None:
         options = webdriver.ChromeOptions()
         options.binary_location = CHROMIUM
-        for flag in (*FLAGS, "--window-size=1280,1000", "--host-resolver-rules=MAP * ~NOTFOUND"):
+        for flag in (*FLAGS, "--window-size=1280,1000", NO_NETWORK):
             options.add_argument(flag)
         options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
         self.driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))

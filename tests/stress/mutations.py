@@ -55,6 +55,7 @@ EMBEDDINGS = "tests/test_embeddings.py"
 QUERY = "tests/test_query.py"
 PAGE = "tests/reports/test_html.py"
 BROWSER = "tests/reports/test_html_browser.py"
+LIVE = "tests/test_live.py"
 LOGGERS = "tests/reports/test_loggers.py"
 SAMPLES = "tests/reports/test_samples.py"
 CLI = "tests/test_cli.py"
@@ -712,6 +713,20 @@ MUTATIONS = [
         "except Exception as error:",
         "except ZeroDivisionError as error:",
         PAGE,
+    ),
+    Mutation(
+        "the live view's next stretch starts from the state before the last one",
+        "capture/stretch.py",
+        "self._steps, self._before = [], after",
+        "self._steps = []",
+        LIVE,
+    ),
+    Mutation(
+        "the live view leaves the random state further on",
+        "live.py",
+        '            random_state.isolated(device if device.type == "cuda" else None),\n',
+        "",
+        "tests/test_untouched.py",
     ),
     Mutation(
         "two runs have the same names in a logger",
