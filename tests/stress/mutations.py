@@ -551,6 +551,13 @@ MUTATIONS = [
         "rows = self if self.rank is not None else self.ranked()",
         SCORES,
     ),
+    Mutation(
+        "figures: a notebook shows no picture of them",
+        "plots.py",
+        "from lightning_accie.notebook_figure import NotebookFigure",
+        "from matplotlib.figure import Figure as NotebookFigure",
+        "tests/test_notebook.py",
+    ),
     # ------------------------------------------------------------------ data value embeddings
     Mutation(
         "DVEmb: the other sign",
