@@ -223,6 +223,52 @@ def test_early_stopping_and_a_resumed_fit(tmp_path: Path) -> None:
     assert influence.live_scores.info["window"] == [9, 12]
 
 
+class Attention(nn.Module):
+    """An operator whose fused kernel has no second derivative."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = nn.Linear(1, 8), nn.Linear(8, 3)
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.1, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(self.embed(x[..., None])).mean(1))
+
+
+@pytest.mark.parametrize(
+    ("net", "workers", "trainer", "window"),
+    [
+        (smooth_net, 0, {"fast_dev_run": 2}, [1, 2]),
+        (smooth_net, 1, {}, [5, 8]),
+        (smooth_net, 0, {"inference_mode": False, "limit_val_batches": 1}, [5, 8]),
+        (smooth_net, 0, {"check_val_every_n_epoch": 2, "max_epochs": 4}, [9, 16]),
+        (smooth_net, 0, {"reload_dataloaders_every_n_epochs": 1}, [5, 8]),
+        (lambda: Attention().double(), 0, {}, [5, 8]),
+    ],
+    ids=["fast-dev-run", "workers", "no-inference-mode", "every-other", "reloaded", "attention"],
+)
+def test_there_is_a_view_and_the_weights_are_those_without(
+    tmp_path: Path, net: Any, workers: int, trainer: dict[str, Any], window: list[int]
+) -> None:
+    alive = {"num_workers": workers, "persistent_workers": workers > 0}
+    states = []
+    for live in (False, True):
+        influence, keeps = run(
+            tmp_path / str(live),
+            callback={"live": live},
+            net=net(),
+            train={"shuffle": True, **alive},
+            valid=DataLoader(VALID, batch_size=7, **alive),
+            **{"max_epochs": 2, **trainer},
+        )
+        states.append(keeps.states[-1][1])
+    assert influence.live_scores is not None
+    assert influence.live_scores.info["window"] == window
+    for name, value in states[0].items():
+        assert torch.equal(states[1][name], value), name
+
+
 # ---------------------------------------------------------------------- what is told
 
 

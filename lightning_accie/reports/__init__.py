@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
 from lightning_accie.images import ReadSample
-from lightning_accie.reports import csv, generic, mlflow, tensorboard, wandb, words
+from lightning_accie.reports import comet, csv, generic, mlflow, neptune, tensorboard, wandb, words
 from lightning_accie.reports.console import print_report
 from lightning_accie.reports.metrics import live_scalars
 from lightning_accie.reports.namespaces import namespace_of
@@ -18,7 +18,9 @@ from lightning_accie.scores import InfluenceScores
 
 _READERS = {
     "CSVLogger": csv,
+    "CometLogger": comet,
     "MLFlowLogger": mlflow,
+    "NeptuneLogger": neptune,
     "TensorBoardLogger": tensorboard,
     "WandbLogger": wandb,
 }

@@ -28,7 +28,8 @@ def report(report: Report, logger: Any, namespace: str) -> None:
     for name, top in report.sides().items():
         if len(top):
             client.log_table(run, report.table(top), f"{namespace}/{name}.json")
-        _log_pictures(report, top, client, run, f"{namespace}/{name}")
+        for place, image in report.pictures(top).items():
+            client.log_image(run, image, artifact_file=f"{namespace}/{name}/{place}.png")
 
 
 def table(top: InfluenceScores, title: str, logger: Any, name: str, step: int) -> None:
@@ -43,11 +44,3 @@ def table(top: InfluenceScores, title: str, logger: Any, name: str, step: int) -
     """
     data = Report(top, step).table(top)
     logger.experiment.log_table(logger.run_id, data, f"{name}/step-{step:06d}.json")
-
-
-def _log_pictures(report: Report, top: InfluenceScores, client: Any, run: str, folder: str) -> None:
-    indices = top.index.tolist()
-    for place, (index, shown) in enumerate(zip(indices, report.shown(top), strict=True)):
-        if shown.image is not None:
-            name = f"{folder}/{place + 1:02d}-sample-{index}.png"
-            client.log_image(run, shown.image, artifact_file=name)

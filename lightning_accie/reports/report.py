@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lightning_accie.reports.samples import Rendered, as_text
 from lightning_accie.scores import InfluenceScores
 
@@ -57,6 +59,23 @@ class Report:
         """
         return [self.rendered.get(index, Rendered()) for index in top.index.tolist()]
 
+    def pictures(self, top: InfluenceScores) -> dict[str, np.ndarray]:
+        """Take the pictures of samples, for loggers that keep each as a file of its own.
+
+        Args:
+            top: one of the `sides`.
+
+        Returns:
+            ``[H, W, C]`` uint8, by a name that has the sample's place and index.
+        """
+        indices = top.index.tolist()
+        rows = enumerate(zip(indices, self.shown(top), strict=True), 1)
+        return {
+            f"{place:02d}-sample-{index}": one.image
+            for place, (index, one) in rows
+            if one.image is not None
+        }
+
     def table(self, top: InfluenceScores) -> dict[str, list[Any]]:
         """Make a table with typed columns, for loggers whose tables can be sorted.
 
@@ -97,6 +116,20 @@ class Report:
             "data": [_cut(_in_a_line(one)) for one in shown],
         }
         return {name: column for name, column in found.items() if any(column)}
+
+
+def as_picture(image: np.ndarray) -> Any:
+    """Make a picture of pillow's, whose values no logger stretches.
+
+    Args:
+        image: ``[H, W, C]`` uint8.
+
+    Returns:
+        A `PIL.Image.Image`.
+    """
+    from PIL import Image
+
+    return Image.fromarray(image.squeeze(2) if image.shape[2] == 1 else image)
 
 
 def free_name(name: str, taken: Mapping[str, Any]) -> str:

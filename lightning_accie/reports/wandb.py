@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from lightning_accie.reports.metrics import scalars
-from lightning_accie.reports.report import IMAGE, Report, free_name
+from lightning_accie.reports.report import IMAGE, Report, as_picture, free_name
 from lightning_accie.scores import InfluenceScores
 
 
@@ -49,15 +47,7 @@ def _table(report: Report, top: InfluenceScores) -> Any:
     columns = report.table(top)
     images = [one.image for one in report.shown(top)]
     if any(image is not None for image in images):
-        pictures = [None if image is None else _image(image) for image in images]
+        pictures = [None if image is None else wandb.Image(as_picture(image)) for image in images]
         columns = {free_name(IMAGE, columns): pictures, **columns}
     rows = [list(row) for row in zip(*columns.values(), strict=True)]
     return wandb.Table(columns=list(columns), data=rows)
-
-
-def _image(image: np.ndarray) -> Any:
-    import wandb
-    from PIL import Image
-
-    # As an array, W&B would stretch its values.
-    return wandb.Image(Image.fromarray(image.squeeze(2) if image.shape[2] == 1 else image))

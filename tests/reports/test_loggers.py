@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import inspect
 import json
 from collections.abc import Callable, Iterator
 from hashlib import sha256
@@ -24,11 +25,12 @@ from torch.utils.data import DataLoader
 
 from lightning_accie import InfluenceCallback
 from lightning_accie.agreement import measure
-from lightning_accie.reports import render_strongest, report_all
+from lightning_accie.reports import render_strongest, report_all, report_live
 from lightning_accie.reports.metrics import scalars
 from lightning_accie.reports.report import Report
 from lightning_accie.scores import InfluenceScores
 from tests.problems import Classifier, classification, quiet_trainer, sgd, smooth_net
+from tests.reports.doubles import CometExperiment, NeptuneHandler, NeptuneRun
 from tests.score_examples import INF, NAN, doubles, small_scores
 
 NAMESPACES = [lightning_loggers, pytorch_lightning_loggers]
@@ -398,6 +400,97 @@ def test_mlflow_without_images_or_figures(start_mlflow: Callable[..., Any]) -> N
     report(logger, small_scores(**blank))
     assert "influence/query" in logger.experiment.get_run(logger.run_id).data.metrics
     assert logger.experiment.list_artifacts(logger.run_id) == []
+
+
+# ---------------------------------------------------------------------- Comet, Neptune
+
+
+class CometLogger(Recording):
+    experiment = CometExperiment()
+
+
+class NeptuneLogger(Recording):
+    experiment = NeptuneRun()
+
+
+@pytest.mark.parametrize(
+    ("double", "package", "name"),
+    [
+        (CometExperiment, "comet_ml", "CometExperiment"),
+        (NeptuneHandler, "neptune.handler", "Handler"),
+        (NeptuneRun, "neptune", "Run"),
+    ],
+)
+def test_the_doubles_have_the_signatures_of_the_packages(
+    double: type, package: str, name: str
+) -> None:
+    real = getattr(pytest.importorskip(package), name)
+    methods = [n for n in vars(double) if n == "__getitem__" or not n.startswith("_")]
+    assert methods
+    for method in methods:
+        ours, theirs = (inspect.signature(getattr(c, method)).parameters for c in (double, real))
+        assert [(p.name, p.kind) for p in ours.values()] == [
+            (p.name, p.kind) for p in theirs.values()
+        ]
+
+
+def test_comet_logger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    experiment = CometExperiment()
+    monkeypatch.setattr(CometLogger, "experiment", experiment)
+    (tmp_path / "scores.csv").write_text("rank")
+    logger = CometLogger()
+    for _ in range(2):
+        report(logger, small_scores(), picture, top_k=2, files=[tmp_path / "scores.csv"])
+    assert logger.metrics[0] == (scalars(small_scores(), "influence"), 12)
+    assert experiment.assets == {"influence/scores.csv": b"rank", "influence-1/scores.csv": b"rank"}
+    headers, rows = experiment.tables["influence/top_harmful.csv"]
+    found = [dict(zip(headers, row, strict=True)) for row in rows]
+    assert [(row["index"], row["exact_influence"], row["label"]) for row in found] == [
+        (4, -3.0, "d"),
+        (2, None, "c"),
+    ]
+    assert len(experiment.images) == 8
+    image = experiment.images["influence/top_helpful/02-sample-7"]
+    assert image.shape == (64, 64)
+    assert (image == 7).all()
+    assert experiment.steps == {12}
+
+
+def test_neptune_logger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = NeptuneRun()
+    monkeypatch.setattr(NeptuneLogger, "experiment", run)
+    (tmp_path / "report.html").write_text("<p>")
+    logger = NeptuneLogger()
+    for _ in range(2):
+        report(logger, small_scores(), picture, top_k=2, files=[tmp_path / "report.html"])
+    assert logger.metrics[0] == (scalars(small_scores(), "influence"), 12)
+    assert run.files["influence/report"] == run.files["influence-1/report"] == b"<p>"
+    rows = list(csv.DictReader(run.files["influence/top_harmful/table"].decode().splitlines()))
+    assert [(row["index"], row["exact_influence"], row["label"]) for row in rows] == [
+        ("4", "-3.0", "d"),
+        ("2", "", "c"),
+    ]
+    (tmp_path / "image.png").write_bytes(run.files["influence-1/top_helpful/02-sample-7"])
+    assert (np.asarray(Image.open(tmp_path / "image.png")) == 7).all()
+
+
+@pytest.mark.parametrize("name", ["CometLogger", "NeptuneLogger"])
+def test_the_live_view_has_a_table_for_each_step(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    comet, neptune = CometExperiment(), NeptuneRun()
+    monkeypatch.setattr(CometLogger, "experiment", comet)
+    monkeypatch.setattr(NeptuneLogger, "experiment", neptune)
+    logger = {"CometLogger": CometLogger, "NeptuneLogger": NeptuneLogger}[name]()
+    scores = small_scores(info={"query": "val_loss", "query_value": 0.5, "window": [1, 6]})
+    for step in (6, 12):
+        report_live([logger], scores, scores.top_harmful(2), step=step, run=logger)
+    assert [sorted(metrics) for metrics, _ in logger.metrics] == [
+        ["influence/live/most_harmful", "influence/live/most_helpful", "influence/live/query"]
+    ] * 2
+    tables = comet.tables or neptune.files
+    assert [Path(name).stem for name in tables] == ["step-000006", "step-000012"]
+    assert all(name.startswith("influence/live/top_harmful/") for name in tables)
 
 
 # ---------------------------------------------------------------------- several runs

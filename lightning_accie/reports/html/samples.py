@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from lightning_accie.errors import InfluenceError
+from lightning_accie.reports.report import as_picture
 from lightning_accie.reports.samples import Rendered, as_text
 from lightning_accie.scores_files import EXAMPLES_FILE
 from lightning_accie.trajectory.files import read_regular, write
@@ -138,9 +139,7 @@ def _parsed(entry: Any) -> Shown:
 
 
 def _address(image: np.ndarray) -> str:
-    from PIL import Image
-
-    picture = Image.fromarray(image.squeeze(2) if image.shape[2] == 1 else image)
+    picture = as_picture(image)
     if max(picture.size) > _LARGEST_SIDE:
         picture.thumbnail((_LARGEST_SIDE, _LARGEST_SIDE))
     kind, content = "png", _encoded(picture, "PNG", optimize=True)
