@@ -74,7 +74,7 @@ def measure(
     Raises:
         ValueError: if the two are not vectors of one length, or ``jaccard_k`` is below 1.
 
-    Example:
+    Examples:
         >>> exact = torch.tensor([-2.0, 1.0, 3.0])
         >>> found = measure(exact * 1.1, exact, estimator="sgd-ie")
         >>> found.count, found.kendall_tau, round(found.relative_rmse, 3)
@@ -150,7 +150,7 @@ def linear_datamodelling_score(influence: Tensor, sets: Tensor, effects: Tensor)
     Raises:
         ValueError: if the shapes do not fit.
 
-    Example:
+    Examples:
         >>> influence = torch.tensor([1.0, 2.0, -4.0])
         >>> sets = torch.tensor([[True, True, False], [False, True, True], [True, False, False]])
         >>> round(linear_datamodelling_score(influence, sets, torch.tensor([2.5, -1.0, 0.9])), 3)

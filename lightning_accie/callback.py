@@ -105,7 +105,7 @@ class InfluenceCallback(CallbackBase):
     Raises:
         MisconfigurationException: if an argument has a wrong type or value.
 
-    Example:
+    Examples:
         >>> from lightning.pytorch import Trainer
         >>> influence = InfluenceCallback(monitor="val_loss", verify=10)
         >>> trainer = Trainer(callbacks=[influence], logger=False, enable_checkpointing=False)

@@ -92,7 +92,7 @@ class InfluenceEngine:
         UnsupportedError: if the data or the optimiser cannot be replayed.
         ValueError: if an argument has a wrong type or value.
 
-    Example:
+    Examples:
         >>> engine = InfluenceEngine("logs/influence/trajectory", model, datamodule)  # doctest: +SKIP
         >>> scores = engine.estimate(query="val_loss")  # doctest: +SKIP
         >>> scores.top_harmful(10).to_csv("harmful.csv")  # doctest: +SKIP

@@ -45,7 +45,7 @@ class Explanation:
         agreement: for each query, how far the estimate agrees with the exact replays.
         columns: the user's own columns of the training samples.
 
-    Example:
+    Examples:
         >>> explanation = engine.explain(batch)  # doctest: +SKIP
         >>> explanation.scores(0).top_helpful(5).index  # doctest: +SKIP
     """

@@ -33,7 +33,7 @@ def as_image(sample: Any) -> np.ndarray | None:
     Returns:
         ``[H, W, C]`` uint8; None where there is no image.
 
-    Example:
+    Examples:
         >>> as_image((torch.rand(3, 32, 32), 7)).shape
         (64, 64, 3)
         >>> as_image((torch.rand(64), 7)) is None

@@ -76,7 +76,7 @@ class InfluenceScores:
         ValueError: if the fields do not fit together, naming the one that does not.
         TypeError: if a field has a wrong type, or a column holds what is not a single value, naming it.
 
-    Example:
+    Examples:
         >>> scores = InfluenceScores(
         ...     index=torch.tensor([0, 1, 2]),
         ...     influence=torch.tensor([0.5, -1.0, -2.0], dtype=torch.float64),

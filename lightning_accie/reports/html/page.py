@@ -103,7 +103,7 @@ def write_report(
         ValueError: if ``top_k`` is negative, or ``scores`` holds part of a ranking.
         OSError: where the file system refuses.
 
-    Example:
+    Examples:
         >>> scores = engine.estimate("val_loss")  # doctest: +SKIP
         >>> write_report(scores, "report.html", sample=engine.sample)  # doctest: +SKIP
         PosixPath('report.html')
