@@ -258,10 +258,7 @@ class InfluenceEngine:
 
         The recording found them too, but perhaps for other `sample_losses`, or it broke off before.
         """
-        for visit in walker.forwards():
-            if visit.map.losses:
-                find_loss_form(self._program, visit.map.losses[0])  # type: ignore[arg-type]
-                return
+        find_loss_form(self._program, walker.first_loss().map.losses[0])  # type: ignore[arg-type]
 
     def estimate(
         self,
@@ -334,7 +331,7 @@ class InfluenceEngine:
             tell = rank_zero_info if ladder.reasons else rank_zero_debug
             tell(f"Influence analysis: {ladder.sentence()}")
             if chosen is not None:
-                check_derivatives(chosen.probe, next(replay.walker.forwards()))
+                check_derivatives(chosen.probe, replay.walker.first_loss())
             # First of all: an error in the user's function comes at once, and none loses a ranking.
             columns = self._columns(replay, describe, loss_column)
             with self._unfinished(replay, value, resume=resume) as kept:
@@ -415,7 +412,7 @@ class InfluenceEngine:
                 replay.final.state.visible
             )  # one sample may have no slope, not all
             choose_ways(replay)
-            check_derivatives(chosen.probe, next(replay.walker.forwards()))
+            check_derivatives(chosen.probe, replay.walker.first_loss())
             columns = self._columns(replay, describe, loss_column=False)
             found = explain(replay, queries, chosen, verify=verify, seed=seed)
         places = replay.positions(found.index).tolist()
@@ -465,7 +462,7 @@ class InfluenceEngine:
             self._finite(replay)
             choose_ways(replay)
             for estimator in (SgdIE(), *([AccSgdIE()] if acc else [])):
-                check_derivatives(estimator.probe, next(replay.walker.forwards()))
+                check_derivatives(estimator.probe, replay.walker.first_loss())
             return group_scores(replay, names, sets, exact=exact, acc=acc)
 
     def _finite(self, replay: Replay) -> float:

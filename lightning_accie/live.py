@@ -197,10 +197,7 @@ class LiveView:
             full_precision=self.full_precision,
         )
         walker = Walker(stretch, program, memory_budget=self.memory_budget // 2)  # type: ignore[arg-type]
-        for visit in walker.forwards():
-            if visit.map.losses:
-                find_loss_form(program, visit.map.losses[0])  # type: ignore[arg-type]
-                break
+        find_loss_form(program, walker.first_loss().map.losses[0])  # type: ignore[arg-type]
         if self._product:
             walker.product = self._product
         else:

@@ -103,6 +103,7 @@ class Recording:
         self._recorder: Recorder | None = None
         self._writer: TrajectoryWriter | None = None
         self._first: FirstStepWatch | None = None
+        self._sink: GuardedSink
         self._window: Window | None = None
         self._saved: SavedSteps | None = None
         self._temporary: Path | None = None
@@ -204,7 +205,7 @@ class Recording:
         self._identity = header["id"]
         self._first = FirstStepWatch({**header, "resumed": []}, initial)
         guarded = (self._writer, self._first, self._stop)
-        recorder.sink = (
+        recorder.sink = self._sink = (
             GuardedSink(*guarded)
             if self.processes.first
             else FurtherRankSink(*guarded, recorder.forget_random)
@@ -263,24 +264,30 @@ class Recording:
             RenderError: if ``render`` fails.
         """
         first = self._first
-        if first is None or first.step is None or self._recorder is None:
+        if first is None or self._recorder is None:
             return False
-        self._first = None
+        if first.late:
+            self._recorder.settle()
+        if first.step is None:
+            return False
         trainer = self._trainer
         after = self._recorder.take(1, copy=True)
+        step = merged_step(self.processes.share(first.step))
+        if all(micro.loss is None for micro in step.micro_batches):
+            first.wait(after)  # `training_step` returned None
+            return False
+        self._first = None
+        self._sink.checked()
         device = trainer.strategy.root_device
         try:
             source = self._data.first_source(self.combined, device, CACHE)
         except TrajectoryError as error:  # batches are kept: there is one process
             self._stop(error)
             return True
-        steps = self.processes.share(first.step)
         with kept_generators([source, trainer.datamodule]):
             form = self.processes.on_first(
                 lambda: check_first_step(
-                    Stretch(
-                        first.header, [merged_step(steps)], first.before, after, "the first step"
-                    ),
+                    Stretch(first.header, [step], first.before, after, "the first step"),
                     self._module,
                     source,
                     live=trainer,

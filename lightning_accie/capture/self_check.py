@@ -96,8 +96,6 @@ def check_first_step(
                 f"The first training step could not be replayed. {error} (If the data are made at "
                 'random in a way that was not noticed, `capture="batches"` keeps them as they were.)'
             ) from error
-        if not visit.map.losses:
-            return LossForm()
         _check_finite(first)
         form = find_loss_form(program, visit.map.losses[0])  # type: ignore[arg-type]
         if program.statistics.left_out:

@@ -12,12 +12,27 @@ from lightning_accie.trajectory.writer import TrajectoryWriter
 
 
 class FirstStepWatch:
-    """Keeps the first step between its two states, until the self-check has seen it."""
+    """Keeps the first step that has a loss between its two states, until the self-check has seen it.
+
+    Args:
+        header: of the run's trajectory.
+        before: the state before the first step.
+    """
 
     def __init__(self, header: dict[str, Any], before: Checkpoint) -> None:
         self.header = header
         self.before = before
         self.step: Step | None = None
+        self.late = False
+        """Whether a step before had no loss, so that this one is not handed over by itself."""
+
+    def wait(self, before: Checkpoint) -> None:
+        """Wait for the next step: this one had no loss, and nothing to check.
+
+        Args:
+            before: the state now.
+        """
+        self.before, self.step, self.late = before, None, True
 
 
 class GuardedSink:
@@ -40,13 +55,17 @@ class GuardedSink:
         self._stop = stop
 
     def extend(self, steps: Sequence[Step]) -> None:
-        """Pass the next steps on; the first one comes alone."""
-        if self._first is not None:
-            self._first.step, self._first = steps[0], None
+        """Pass the next steps on; those that wait for the self-check come alone."""
+        if self._first is not None and self._first.step is None and steps:
+            self._first.step = steps[0]
         try:
             self._writer.extend(steps)
         except TrajectoryError as error:
             self._stop(error)
+
+    def checked(self) -> None:
+        """The self-check has seen its step: keep no state for it."""
+        self._first = None
 
     def wants_checkpoint(self, step: int) -> bool:
         """Tell whether the schedule keeps the state before ``step``."""

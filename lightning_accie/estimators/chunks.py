@@ -237,5 +237,5 @@ def activation_bytes(replay: Replay) -> int:
     Returns:
         The bytes.
     """
-    visit: Visit = next(replay.walker.forwards())
+    visit = replay.walker.first_loss()
     return sum(saved_bytes(partial(loss.bound, loss.ones(), {})) for loss in visit.map.losses)

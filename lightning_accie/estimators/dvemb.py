@@ -137,7 +137,7 @@ class EmbeddingEstimator(Estimator):
         explicit = with_names(self, replay.trainable)
         if explicit is not self:
             return explicit.embed(replay)
-        first = next((v for v in replay.walker.forwards() if v.map.losses), None)
+        first = replay.walker.first_loss()
         names = followed(self.layers, replay.trainable) or replay.trainable
         params = replay.final.state.params
         projection = Projection.drawn(names, params, self.dimension, self.seed)

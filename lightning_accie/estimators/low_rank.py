@@ -131,7 +131,7 @@ class LowRankAccSgdIE(Estimator):
             UnsupportedError: if the run's optimiser, clipping, or loss is none that this estimator
                 follows, before any work is done.
         """
-        self._check(next(visit for visit in replay.walker.forwards() if visit.map.losses))
+        self._check(replay.walker.first_loss())
         cotangent = at_the_end(replay)
         samples = choose(replay, self.candidates)
         spots = Spots(replay, samples)

@@ -114,7 +114,7 @@ def choose_product(ladder: Ladder) -> None:
         ladder: whose walker is set to the choice.
     """
     walker = ladder.walker
-    visit = next(walker.forwards())
+    visit = walker.first_loss()
     still = {name: torch.zeros_like(visit.state.params[name]) for name in visit.map.used}
     cotangent = visit.map.update(visit.state, still).map(torch.ones_like)
     along = _direction(still)
@@ -151,7 +151,7 @@ def _agree(one: Params, other: Params, tolerance: float) -> bool:
 
 def _maps(ladder: Ladder, replay: Replay) -> bool:
     """Whether `torch.func.vmap` takes the module's training and validation steps."""
-    visit = next(replay.walker.forwards())
+    visit = replay.walker.first_loss()
     both = stack(visit.state, 2)
 
     def side_by_side() -> None:
@@ -165,7 +165,7 @@ def _maps(ladder: Ladder, replay: Replay) -> bool:
 def _choose_tangents(ladder: Ladder, replay: Replay) -> None:
     """The first way to push tangents that the module's operators allow."""
     walker = replay.walker
-    visit = next(walker.forwards())
+    visit = walker.first_loss()
     still = zeros_like(visit.state, batch=2)
     removed = replay.samples[:1].repeat(2)
     if not visit.map.transforms:
@@ -227,7 +227,7 @@ def measure_walk(replay: Replay, estimator: SgdIE) -> Walk:
     """
     walker = replay.walker
     steps, passes = len(walker), walker.passes()
-    visit = next(walker.forwards())
+    visit = walker.first_loss()
     part = part_of(visit, followed(estimator.layers, visit.trainable))
     still = {name: torch.zeros_like(part.state.params[name]) for name in part.map.used}
     cotangent = zeros_like(part.map.update(part.state, still))
@@ -246,7 +246,7 @@ def measure_prices(replay: Replay, layers: Layers = None) -> Prices:
     Returns:
         The prices.
     """
-    visit: Visit = next(replay.walker.forwards())
+    visit = replay.walker.first_loss()
     size = min(_ROWS, len(replay.samples), chunk_size(replay, 10))
     removed = replay.samples[:size]
     part = part_of(visit, followed(layers, visit.trainable))

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_accie.errors import TrajectoryError
+from lightning_accie.errors import TrajectoryError, UnsupportedError
 from lightning_accie.replay.fidelity import Fidelity
 from lightning_accie.replay.module import RecordedLoss, TrainingProgram
 from lightning_accie.replay.random_state import Restorable
@@ -141,6 +141,7 @@ class Walker:
         }
         """Steps before which the run was resumed with other buffers than it had left; see there."""
         self._held: Mapping[str, Tensor] | None = None
+        self._first_loss: Snapshot | None = None
         self._versions: tuple[int, ...] = ()
 
     def __len__(self) -> int:
@@ -175,6 +176,28 @@ class Walker:
             self._rebind(visit)
             yield visit
             snapshot = following
+
+    def first_loss(self) -> Visit:
+        """Give the first step that has a loss: what ways and prices are tried on.
+
+        Returns:
+            The step. ``training_step`` may have returned None before.
+
+        Raises:
+            UnsupportedError: if it has returned nothing else.
+        """
+        if self._first_loss is not None:
+            visit = self._advance(self._first_loss)[0]
+            self._rebind(visit)
+            return visit
+        for visit in self.forwards():
+            if visit.map.losses:
+                self._first_loss = visit.snapshot
+                return visit
+        raise UnsupportedError(
+            f"`training_step` returned no loss in any of the {len(self)} steps: nothing was trained, "
+            "and no sample has any influence. Return the loss."
+        )
 
     def _keep(self, kept: Kept, visit: Visit) -> None:
         if len(self) <= self._room():
