@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import mkdtemp
@@ -39,6 +40,9 @@ from lightning_accie.trajectory.ranks import merged_step
 from lightning_accie.trajectory.records import Piece
 from lightning_accie.trajectory.writer import TrajectoryWriter
 from lightning_accie.unfinished import remove_unfinished
+
+_EARLY = 2
+"""What cannot be replayed is refused in as many steps."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,8 @@ class Recording:
         self._temporary: Path | None = None
         self._resumed_from: resume.Bookmark | None = None
         self._identity = ""
+        self._fresh = False
+        """Whether the trajectory is this `fit`'s alone, and was begun by it."""
         self._lacking = ""
 
     # ------------------------------------------------------------------ before the first step
@@ -203,6 +209,7 @@ class Recording:
             remove_scores(self.directory)
             remove_unfinished(self.directory)
         self._identity = header["id"]
+        self._fresh = after is None
         self._first = FirstStepWatch({**header, "resumed": []}, initial)
         guarded = (self._writer, self._first, self._stop)
         recorder.sink = self._sink = (
@@ -276,13 +283,12 @@ class Recording:
         if all(micro.loss is None for micro in step.micro_batches):
             first.wait(after)  # `training_step` returned None
             return False
-        self._first = None
-        self._sink.checked()
         device = trainer.strategy.root_device
         try:
             source = self._data.first_source(self.combined, device, CACHE)
         except TrajectoryError as error:  # batches are kept: there is one process
             self._stop(error)
+            self._first = None
             return True
         with kept_generators([source, trainer.datamodule]):
             form = self.processes.on_first(
@@ -301,6 +307,8 @@ class Recording:
                     full_precision=self._settings.full_precision,
                 )
             )
+        self._first = None
+        self._sink.checked()
         self._update_header({"loss_form": form.to_json()}, at_once=False)
         return True
 
@@ -400,10 +408,23 @@ class Recording:
         self.detach()
         if self._recorder is not None:
             self._recorder.settle()
-            self._close(exception, self._recorder.steps)
+            steps = self._recorder.steps
+            refused = isinstance(exception, InfluenceError) and not self.complete
+            self._close(exception, steps, refused=refused)
+            if refused and (self._first is not None or steps <= _EARLY):
+                self._discard()
         self.clean_up()
 
-    def _close(self, exception: BaseException, steps: int) -> None:
+    def _discard(self) -> None:
+        """Leave nothing of a run that was refused as it began: the next `fit` may go there."""
+        if self.directory is None or not self._fresh or self.processes.count > 1:
+            return  # other processes may still be writing theirs
+        shutil.rmtree(self.directory / FOLDER, ignore_errors=True)
+        with suppress(OSError):  # it is the user's, and holds something else
+            self.directory.rmdir()
+        self.directory = None
+
+    def _close(self, exception: BaseException, steps: int, *, refused: bool) -> None:
         if self._writer is None:
             return
         status = "interrupted" if isinstance(exception, KeyboardInterrupt) else "failed"
@@ -411,7 +432,6 @@ class Recording:
             self._writer.close(status, f"{type(exception).__name__}: {exception}".strip(": "))
         except TrajectoryError as error:  # must not hide the exception that ended the run
             self._stop(error)
-        refused = isinstance(exception, InfluenceError) and not self.complete
         if self._writer is not None and steps and not refused:
             rank_zero_info(
                 f"InfluenceCallback kept the {steps} steps that ran in "

@@ -26,7 +26,6 @@ from lightning_accie.estimators.layers import Layers
 from lightning_accie.estimators.sgd_ie import SgdIE
 from lightning_accie.replay.state import State
 from lightning_accie.replay.tape import saved_bytes
-from lightning_accie.replay.walker import Visit
 
 _CACHE_FRIENDLY = 2**22
 """Beyond this many numbers in a chunk's parameters, a larger chunk only misses the caches."""

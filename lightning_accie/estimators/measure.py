@@ -17,7 +17,7 @@ from lightning_accie.estimators.sgd_ie import SgdIE
 from lightning_accie.replay.part import part_of
 from lightning_accie.replay.state import Params, stack, zeros_like
 from lightning_accie.replay.step import TANGENTS
-from lightning_accie.replay.walker import Visit, Walker
+from lightning_accie.replay.walker import Walker
 
 _ROWS = 32
 
