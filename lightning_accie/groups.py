@@ -193,11 +193,11 @@ def members_of(
         K names, and ``[K, span]`` bool.
 
     Raises:
-        ValueError: if a group has no name or no sample that the run drew, or ``groups`` is none of what
-            it may be.
+        ValueError: if a group has no name, a sample that the data do not have, or none that the run
+            drew, or ``groups`` is none of what it may be.
     """
     if isinstance(groups, Mapping):
-        indices = {name: _indices(name, given) for name, given in groups.items()}
+        indices = {name: _indices(name, given, length) for name, given in groups.items()}
     else:
         if callable(groups):
             known = {number: groups(sample(number)) for number in replay.samples.tolist()}
@@ -225,18 +225,23 @@ def members_of(
     return names, sets[kept]
 
 
-def _indices(name: Any, given: Any) -> Tensor:
+def _indices(name: Any, given: Any, length: int | None) -> Tensor:
     try:
-        numbers = torch.as_tensor(given)
+        numbers = torch.as_tensor(sorted(given) if isinstance(given, (set, frozenset)) else given)
     except (TypeError, ValueError, RuntimeError):
         numbers = torch.zeros(0)
     if numbers.dtype == torch.bool and numbers.dim() == 1:
-        return numbers.nonzero()[:, 0]
+        numbers = numbers.nonzero()[:, 0]
     whole = not numbers.is_floating_point() and not numbers.is_complex()
     if numbers.dim() != 1 or not whole or bool((numbers < 0).any()):
         raise ValueError(
             f"`groups[{name!r}]` must hold the indices of training samples, or be a mask over them, "
             f"got {given!r}."
+        )
+    if length is not None and bool((numbers >= length).any()):
+        raise ValueError(
+            f"`groups[{name!r}]` names sample {int(numbers.max())}, but the training data has {length} "
+            f"samples, 0 to {length - 1}."
         )
     return numbers.long()
 

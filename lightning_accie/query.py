@@ -393,10 +393,15 @@ class ModuleQuery:
                 f"There is no validation data to measure `{self.name}` on. Give the Trainer a "
                 "validation dataloader, or pass `query_dataloader=`."
             )
-        names = ", ".join(f"`{name}`" for name in sorted(self._catcher.seen)) or "nothing"
+        names = ", ".join(f"`{name}`" for name in sorted(self._catcher.seen))
+        advice = (
+            "Use one of these"
+            if names
+            else "Log it there with `self.log` (not in `on_validation_epoch_end`)"
+        )
         raise QueryError(
-            f'`monitor="{self.name}"` is not logged in `validation_step`, which logs {names}. '
-            "Use one of these, or pass a callable `monitor(module, batch)`."
+            f'`monitor="{self.name}"` is not logged in `validation_step`, which logs '
+            f"{names or 'nothing'}. {advice}, or pass a callable `monitor(module, batch)`."
         )
 
     # ------------------------------------------------------------------ batches

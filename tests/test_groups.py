@@ -118,7 +118,15 @@ def test_the_ways_to_name_groups(tmp_path: Path) -> None:
     run = Run(tmp_path, Classifier(smooth_net(), sgd()))
     labels = run.data.tensors[1]
     by_mapping = {k: (labels == k).nonzero()[:, 0] for k in labels.unique().tolist()}
-    ways = [by_mapping, labels, labels.tolist(), labels.numpy(), lambda sample: int(sample[1])]
+    by_sets = {name: set(numbers.tolist()) for name, numbers in by_mapping.items()}
+    ways = [
+        by_mapping,
+        by_sets,
+        labels,
+        labels.tolist(),
+        labels.numpy(),
+        lambda sample: int(sample[1]),
+    ]
     tables = [run.engine.groups(way, exact=False).to_dict() for way in ways]
     for table in tables:
         assert table["group"] == tables[0]["group"]
@@ -138,10 +146,23 @@ def test_what_a_table_has(tmp_path: Path) -> None:
     assert "sum of single influences" in repr(found)
 
 
+def test_a_group_that_was_never_drawn(tmp_path: Path) -> None:
+    run = Run(tmp_path, Classifier(smooth_net(), sgd()), limit_train_batches=1)  # 18 of 24 at most
+    drawn = run.engine.estimate("val_loss", "sgd-ie", verify=0).index.tolist()
+    left = sorted({*range(24)} - {*drawn})
+    assert left
+    with pytest.raises(ValueError, match="'left' has no sample that the run drew"):
+        run.engine.groups({"left": left})
+
+
 def test_refusals(tmp_path: Path) -> None:
     engine = Run(tmp_path, Classifier(smooth_net(), sgd())).engine
-    with pytest.raises(ValueError, match="'none' has no sample that the run drew"):
-        engine.groups({"none": [99]})
+    with pytest.raises(
+        ValueError, match=r"groups\['a'\].* names sample 99, .* has 24 samples, 0 to 23"
+    ):
+        engine.groups({"a": [1, 99]})
+    with pytest.raises(ValueError, match=r"groups\['a'\].* names sample 24,"):
+        engine.groups({"a": [True] * 25})
     with pytest.raises(ValueError, match="gives 3 names, but the training data has 24"):
         engine.groups(["a", "b", "c"])
     with pytest.raises(ValueError, match=r"groups\['a'\].* must hold the indices"):

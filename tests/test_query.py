@@ -534,7 +534,7 @@ def test_a_monitor_of_some_batches_or_loaders(
 @pytest.mark.parametrize(
     ("where", "sizes", "monitor", "words"),
     [
-        (lambda batch, loader: False, [11], "val_loss", "logs nothing"),
+        (lambda batch, loader: False, [11], "val_loss", "logs nothing. Log it there"),
         (lambda batch, loader: True, [11], "val_los", "logs `val_loss`"),
         (lambda batch, loader: True, [11, 7], "val_loss", "`val_loss/dataloader_idx_0`"),
         (lambda batch, loader: True, [11, 0], "val_loss/dataloader_idx_1", "not logged"),

@@ -71,7 +71,10 @@ class Ladder:
             f"{_IN_WORDS[walker.tangents]}"
         )
         reasons = "".join(f" {way}: {reason}" for way, reason in self.reasons.items())
-        return text + (f". Not possible:{reasons}" if reasons else ".")
+        # It looks like trouble in the log, and is none.
+        return text + (
+            f". That takes longer and changes no figure; not used:{reasons}" if reasons else "."
+        )
 
 
 _IN_WORDS = {
@@ -129,7 +132,7 @@ def choose_product(ladder: Ladder) -> None:
             continue
         found = step.hessian_product(visit.state, along)
         if first and not _agree(found, first, walker.program.analysis.tolerances.gradient):
-            ladder.reasons[product] = "torch gives another product than by double-backward"
+            ladder.reasons[product] = "torch gets it wrong for this module"
             continue
         first = first or found
         times[product] = _best_of(pull)

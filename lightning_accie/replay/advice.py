@@ -31,19 +31,40 @@ def sample_losses_advice(program: TrainingProgram, loss: RecordedLoss) -> str:
     losses = [met for met in scout.found if met.value.requires_grad]
     name = losses[0].reduction.name if losses else "cross_entropy"
     shape = losses[0].shape if losses else (size,)
-    lines = [*_unpack(batch), f'losses = F.{name}(module(x), y, reduction="none")']
-    if losses and shape != (size,):
-        lines[-1] += f"   # shape {list(shape)} in the step; bring it to [{size}, …]"
-        lines.append(f"return losses.reshape({size}, -1).mean(1)   # shape [{size}]")
+    lines = [
+        *_unpack(batch),
+        f'losses = F.{name}({_network(program.module)}(x), y, reduction="none")',
+    ]
+    picks = bool(losses) and shape != (size,) and shape[:1] != (size,)
+    if picks:
+        lines[-1] += f"   # shape {list(shape)} in the step: bring it to [{size}, …]"
+    if losses and shape == (size,):
+        lines.append(f"return losses   # one a sample: [{size}] here")
     else:
-        lines.append(f"return losses   # shape [{size}]")
+        lines.append(f"return losses.reshape(len(y), -1).mean(1)   # one a sample: [{size}] here")
     body = "\n".join(f"        {line}" for line in lines)
     return (
         "Pass the per-sample losses yourself, one a sample, whose mean is the loss that "
         "`training_step` returns:\n\n"
         f"    def sample_losses(module, batch):\n{body}\n\n"
-        "    InfluenceCallback(..., sample_losses=sample_losses)"
+        "    InfluenceCallback(..., sample_losses=sample_losses)" + (_PICKED if picks else "")
     )
+
+
+_PICKED = (
+    "\n\nIf the step picks elements by a mask (`output[mask]`), its mean is over elements, and no mean "
+    "over samples. Keep all of them instead, and nothing need be passed: "
+    "`(losses * mask).sum() / mask.sum()`, or targets of `-100`, which `F.cross_entropy` ignores."
+)
+
+
+def _network(module: Any) -> str:
+    """How the module is called, or what stands for it where it has no ``forward`` of its own."""
+    own = not type(module).forward.__module__.startswith(
+        ("lightning.", "pytorch_lightning.", "torch.")
+    )
+    children = [name for name, _ in module.named_children()]
+    return "module" if own or not children else f"module.{children[0]}"
 
 
 def _unpack(batch: Any) -> list[str]:

@@ -112,9 +112,11 @@ class Fidelity:
     def _causes(self) -> str:
         hooks: list[Any] = list(self._header.get("overridden_hooks", []))
         text = (
-            "Usual causes: the dataset or its order changed since training, the dataset augments "
-            "at random, training_step reads something outside the batch and the module's state, or "
-            "something besides the optimiser changed the weights."
+            "Usual causes: the module is not the one that was trained (its code, or a hyper-parameter "
+            "not seen in the weights: activation, dropout, loss), the dataset or its order "
+            "changed since training, the dataset augments at random, training_step reads something "
+            "outside the batch and the module's state, or something besides the optimiser changed the "
+            "weights."
         )
         if self._precision.autocast is not None:
             text += (

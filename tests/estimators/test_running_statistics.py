@@ -160,7 +160,7 @@ def test_a_wrong_way_is_not_taken(tmp_path: Path, net: str, rate: float) -> None
     if rate == 0.1:
         assert (SgdIE().estimate(replay).influence - right).abs().max() > 1e-2 * right.abs().max()
     ladder = choose_ways(replay)
-    assert ladder.reasons["reverse-over-forward"].startswith("torch gives another product")
+    assert ladder.reasons["reverse-over-forward"].startswith("torch gets it wrong")
     assert replay.walker.product == "double-backward"
 
 
