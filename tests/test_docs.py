@@ -142,6 +142,12 @@ def test_the_how_to_pages_share_one_set_up() -> None:
     assert len(set_ups) == 1
 
 
+def test_the_pages_show_on_a_code_host_as_well() -> None:
+    """The README links into docs/, where syntax of the site alone shows as text."""
+    only_here = re.compile(r"^ *(\?\?\?|!!!|===) |\{ *[.#]", re.MULTILINE)
+    assert [page.name for page in PAGES if only_here.search(page.read_text("utf-8"))] == []
+
+
 def test_what_is_supported_is_listed() -> None:
     text = page_text("support.md")
     losses = [f"`{loss.__name__}`" for loss in per_sample._LOSSES]

@@ -99,6 +99,17 @@ def test_every_page_is_whole_without_a_network_on_a_telephone(
     assert {page: what for page, what in wrong.items() if what} == {}
 
 
+def test_set_ups_are_folded_and_open_to_highlighted_code(address: str, browser: Browser) -> None:
+    browser.driver.get(f"{address}/how-to/explain-predictions/")
+    summary = browser.driver.find_element(By.CSS_SELECTOR, "article details > summary")
+    code = browser.driver.find_element(By.CSS_SELECTOR, "article details pre code")
+    assert (summary.text, code.is_displayed()) == ("The module and the data", False)
+    summary.click()
+    assert code.is_displayed()
+    assert code.text.startswith("import torch\n")
+    assert code.find_elements(By.TAG_NAME, "span")
+
+
 @pytest.mark.parametrize("dark", [False, True])
 def test_figures_take_their_ink_from_the_page(address: str, browser: Browser, dark: bool) -> None:
     """The reader has chosen a scheme by hand, against the system's own."""
