@@ -17,7 +17,7 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from lightning_accie.comparison import Comparison
+    from lightning_accie.comparison import Comparison, RankCorrelation
     from lightning_accie.doctor import Finding
     from lightning_accie.scores import InfluenceScores
 
@@ -216,12 +216,17 @@ def _print_comparison(found: Comparison) -> None:
     from lightning_accie.reports.words import clean
 
     console = _console()
-    tau = "not computed of so many" if found.kendall_tau is None else f"{found.kendall_tau:.2f}"
+    estimates = (
+        []
+        if found.estimates is None
+        else [f"Estimates with estimates alone: {_correlation(found.estimates)}"]
+    )
     lines = [
         f"{found.count} samples in common; only in the first {found.only[0]}, in the second "
         f"{found.only[1]}",
-        f"Spearman {found.spearman:.2f}, Kendall τ {tau}, Jaccard@{found.k} {found.jaccard:.2f}, "
-        f"same sign {found.sign_agreement:.0%}",
+        f"{_correlation(found.order)}, Jaccard@{found.k} {found.jaccard:.2f}, same sign "
+        f"{found.sign_agreement:.0%}",
+        *estimates,
         *(f"They differ in {clean(difference)}" for difference in found.differences),
     ]
     for line in lines:
@@ -230,10 +235,25 @@ def _print_comparison(found: Comparison) -> None:
     for name in ("sample", "rank", "then", "influence", "then"):
         table.add_column(name, justify="right")
     for mover in found.movers:
-        ranks, influences = map(str, mover.ranks), (f"{value:+.2e}" for value in mover.influences)
+        ranks = map(str, mover.ranks)
+        influences = (
+            f"{value:+.2e} {'✓' if exact else ' '}"
+            for value, exact in zip(mover.influences, mover.exact, strict=True)
+        )
         # As a text: an id may hold what looks like markup.
         table.add_row(Text(clean(mover.sample)), *ranks, *influences)
     console.print(table if found.movers else "No sample moved.")
+    if any(any(mover.exact) for mover in found.movers):
+        console.print(
+            "✓: exact. A sample that is exact in one ranking alone may have moved by that.",
+            markup=False,
+            highlight=False,
+        )
+
+
+def _correlation(found: RankCorrelation) -> str:
+    tau = "not computed of so many" if found.kendall_tau is None else f"{found.kendall_tau:.2f}"
+    return f"Spearman {found.spearman:.2f}, Kendall τ {tau}"
 
 
 def _print_findings(found: list[Finding]) -> None:

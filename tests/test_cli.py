@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import Result
 from pyarrow import parquet
 from torch.utils.data import DataLoader
 from typer.testing import CliRunner
 
-from lightning_accie import InfluenceCallback, doctor
+from lightning_accie import InfluenceCallback, InfluenceScores, doctor
 from lightning_accie.cli import app
 from lightning_accie.comparison import compare
 from lightning_accie.errors import InfluenceError
@@ -238,7 +239,7 @@ def test_compare_two(tmp_path: Path) -> None:
     text = done("compare", tmp_path / "a", tmp_path / "b", "-k", "2")
     assert "They differ in the query: val_loss and [bold]other" in text
     assert "Spearman -1.00, Kendall τ -1.00" in text
-    assert re.search(r"4 +1 +6 +-3\.00e\+00 +\+3\.00e\+00", text)
+    assert re.search(r"4 +1 +6 +-3\.00e\+00 ✓ +\+3\.00e\+00  ", text)
 
 
 def test_compare_matches_by_id_where_both_have_one() -> None:
@@ -248,13 +249,71 @@ def test_compare_matches_by_id_where_both_have_one() -> None:
     other = replace(one, index=one.index.flip(0))
     found = compare(one, other)
     assert (found.count, found.movers) == (6, ())
-    assert found.spearman == pytest.approx(1, abs=1e-5)
+    assert found.order.spearman == pytest.approx(1, abs=1e-5)
     assert compare(small_scores(), replace(small_scores(), index=other.index)).movers
 
 
 def test_compare_of_so_many_leaves_kendall_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lightning_accie.comparison.MOST_PAIRS", 5)
-    assert compare(small_scores(), small_scores()).kendall_tau is None
+    found = compare(small_scores(), small_scores())
+    assert found.order.kendall_tau is None
+    assert found.estimates is not None
+    assert found.estimates.kendall_tau is None
+
+
+def partly_replayed(*exact: int, **changes: Any) -> InfluenceScores:
+    """Five samples, estimated at 1 to 5; by exact replay each is 10 times that, and negative."""
+    estimate = torch.arange(1, 6).double()
+    replayed = torch.isin(torch.arange(5), torch.tensor(exact))
+    fields: dict[str, Any] = {
+        "index": torch.arange(5),
+        "influence": torch.where(replayed, -10 * estimate, estimate),
+        "estimate": estimate,
+        "visits": torch.ones(5, dtype=torch.int64),
+        "exact": torch.where(replayed, -10 * estimate, NAN),
+        "estimator": tuple("leave-one-out" if one else "sgd-ie" for one in replayed.tolist()),
+        "trusted": torch.ones(5, dtype=torch.bool),
+        "info": {"query": "val_loss"},
+    }
+    return InfluenceScores(**(fields | changes))
+
+
+def test_compare_tells_exact_figures_from_estimates(tmp_path: Path) -> None:
+    # The same estimates: whatever moves does so because one of the two has replayed it.
+    partly_replayed(0, 4).save(tmp_path / "a")
+    partly_replayed(0).save(tmp_path / "b")
+    text = done("compare", tmp_path / "a", tmp_path / "b")
+    # Ranks: 2 3 4 5 1 and 1 2 3 4 5. Of 10 pairs the 4 with the last sample are the other way round.
+    assert "Spearman 0.00, Kendall τ 0.20" in text
+    assert "Estimates with estimates alone: Spearman 1.00, Kendall τ 1.00" in text
+    assert "They differ in samples replayed exactly: 2 and 1 (1 in both)" in text
+    assert re.search(r"4 +1 +5 +-5\.00e\+01 ✓ +\+5\.00e\+00  ", text)
+    assert re.search(r"0 +2 +1 +-1\.00e\+01 ✓ +-1\.00e\+01 ✓", text)
+    assert "exact in one ranking alone may have moved by that" in text
+
+
+def test_compare_of_estimates_alone_says_nothing_of_exact_figures(tmp_path: Path) -> None:
+    partly_replayed().save(tmp_path / "a")
+    partly_replayed(influence=doubles(5, 4, 3, 2, 1), estimate=doubles(5, 4, 3, 2, 1)).save(
+        tmp_path / "b"
+    )
+    text = done("compare", tmp_path / "a", tmp_path / "b")
+    assert "Spearman -1.00" in text
+    for absent in ("Estimates with", "exact", "✓"):
+        assert absent not in text
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        partly_replayed(0, 1, 2, 3, 4, info={"estimator": "leave-one-out"}),
+        partly_replayed(2, estimate=doubles(1, 2, NAN, 4, 5)),
+    ],
+    ids=["all are exact", "an estimate is missing"],
+)
+def test_compare_where_not_all_have_estimates(other: InfluenceScores) -> None:
+    assert compare(partly_replayed(0), other).estimates is None
+    assert compare(other, partly_replayed(0)).estimates is None
 
 
 def test_compare_of_other_data(tmp_path: Path) -> None:
