@@ -86,7 +86,8 @@ def _package(wanted: Requirement, otherwise: str, use: str) -> Finding:
 
 
 def _devices() -> Finding:
-    threads = f"CPU with {torch.get_num_threads()} threads"
+    count = torch.get_num_threads()
+    threads = f"CPU with {count} thread{'s' if count > 1 else ''}"
     if not torch.cuda.is_available():
         return Finding("devices", "ok", threads)
     names = ", ".join(torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count()))
@@ -173,8 +174,9 @@ def _module_findings(module: Any) -> Iterator[Finding]:
         optimizers = trainer.strategy.optimizers
     # Any error at all: it is the user's own code that runs, without a `fit` around it.
     except Exception as error:
+        said = f": {error}" if str(error) else ""
         words = (
-            f"could not be called outside of `fit` ({type(error).__name__}: {error}); what it returns "
+            f"could not be called outside of `fit` ({type(error).__name__}{said}); what it returns "
             "is checked when `fit` starts"
         )
         yield Finding("configure_optimizers", "note", words)

@@ -268,7 +268,13 @@ class InfluenceScores:
 
         Raises:
             KeyError: if there is no such column, with those there are.
+            TypeError: if ``column`` is no name.
         """
+        if not isinstance(column, str):
+            raise TypeError(
+                f"`column` must be a column's name, got {type(column).__name__}. For sets of samples "
+                "use `InfluenceEngine.groups`."
+            )
         if column != "estimator" and column not in self.columns:
             there = ", ".join(map(repr, self.columns)) or "none; `describe=` makes them"
             raise KeyError(f"There is no column {column!r}. The columns are: {there}.")

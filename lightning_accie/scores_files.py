@@ -172,9 +172,11 @@ def _read(path: Path) -> bytes:
     try:
         return read_regular(path)
     except (FileNotFoundError, NotADirectoryError) as error:
+        inside = sorted(path.parent.glob(f"influence*/{path.name}"))  # a logger's directory
+        found = f" There is one in {inside[-1].parent}." if inside else ""
         raise ScoresError(
             f"{path} is missing. Give the directory that InfluenceScores.save, or "
-            "InfluenceCallback, has written."
+            f"InfluenceCallback, has written.{found}"
         ) from error
     except OSError as error:
         raise ScoresError(f"{path} cannot be read: {error.strerror}.") from error

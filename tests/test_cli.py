@@ -112,6 +112,8 @@ def test_a_wrong_command_line(words: Sequence[str]) -> None:
 @pytest.mark.parametrize("words", [["show"], ["export", "--csv", "x.csv"], ["report"]])
 def test_where_there_are_no_scores(tmp_path: Path, words: Sequence[str]) -> None:
     assert "scores.json is missing" in refused(words[0], tmp_path, *words[1:])
+    small_scores().save(tmp_path / "influence")
+    assert f"There is one in {tmp_path / 'influence'}." in refused(words[0], tmp_path, *words[1:])
 
 
 def test_an_error_that_nobody_expected_keeps_its_traceback(
@@ -437,7 +439,7 @@ def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     [
         ("Good", "SGD"),
         ("OtherNamespace", "SGD"),
-        ("Later", "could not be called outside of `fit`"),
+        ("Later", "could not be called outside of `fit` (AssertionError); what"),
         ("Hooked", "on_after_backward: a replay does not run them"),
         ("trainer", "supported, as far as"),
     ],

@@ -190,6 +190,11 @@ def scores(**columns: Any) -> InfluenceScores:
     )
 
 
+def test_a_list_is_no_column() -> None:
+    with pytest.raises(TypeError, match=r"got list.*InfluenceEngine\.groups"):
+        scores().by(["a", "b", "a", "b"])  # type: ignore[arg-type]
+
+
 def test_scores_by_a_column() -> None:
     found = scores(annotator=["ann", "bob", "bob", "ann"]).by("annotator")
     assert isinstance(found, GroupScores)
