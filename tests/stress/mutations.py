@@ -848,7 +848,12 @@ def stale(mutations: list[Mutation]) -> list[str]:
 def run_tests(tree: Path, tests: str) -> tuple[int, str]:
     """Run tests until the first failure; give the exit code and the failing test."""
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests.split()]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "PYTEST_ADDOPTS": "",  # what the run around this one was given
+    }
     try:
         done = subprocess.run(
             command,
