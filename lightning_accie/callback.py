@@ -306,6 +306,11 @@ class InfluenceCallback(CallbackBase):
         if self._recording is not None and self._recording.batch_ended():
             hooks.skip(self, InfluenceCallback, ("on_train_batch_end",))
 
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        """Validation may draw random numbers: whatever drew before it was the training."""
+        if self._recording is not None:
+            self._recording.interrupted()
+
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Show which samples harm, if that was asked for."""
         if self._view is None or self._recording is None or trainer.sanity_checking:

@@ -1,10 +1,14 @@
 """Which calls of ``training_step`` draw random numbers, and which generator states must be kept.
 
 Reading a generator's state costs as much as a third of all the rest of recording a small step, and
-comparing two as much again. So a run that draws nothing is read once a step, the state before a call,
-and the states of several calls are compared at once. Where the states before two calls differ it may
-have been the first call, or a sampler between the two; its state is kept to be safe, and the next calls
-are watched closely, before and after, until they draw nothing again.
+comparing two as much again. So each call is read before and after while calls draw; in a run that has
+drawn, and draws no more, before each call; and in one that never drew, before every eighth call and
+around what may draw in between (the first calls of an epoch, a validation).
+
+Where two readings differ, the calls between them may have drawn, or a sampler beside them. The first of
+them brings its state, from which the others go on, and from then on every call is read. That is wrong
+for at most one stretch of a run, and only if calls and something beside them draw for the first time in
+the same eight calls, in the middle of an epoch; its replay is then refused, as the losses differ.
 """
 
 from __future__ import annotations
@@ -23,6 +27,8 @@ _CLOSELY = 4
 """Calls to watch closely after one that may have drawn."""
 _AT_ONCE = 8
 """Calls to judge at once, while none draws."""
+_ONE_BY_ONE = 2
+"""The first calls of an epoch, where what a run does may change: each is read."""
 _HOST = ("numpy", "python")
 
 
@@ -58,7 +64,10 @@ class DrawWatch:
         self._host_draws = False
         self.closely = _CLOSELY
         """How many calls are yet to be watched closely, and judged as they end."""
-        self._before: list[dict[str, Tensor]] = []  # the states before the calls not yet judged
+        self._drew = False
+        self._one_by_one = 0
+        # Before each call not yet judged; None where that was not read.
+        self._before: list[dict[str, Tensor] | None] = []
         self.left_behind: RandomState | None = None
         """The states that the last drawing call left, where they were read right after it."""
 
@@ -68,15 +77,23 @@ class DrawWatch:
         Returns:
             The verdicts on all calls before that were not judged yet, if it is time for them.
         """
-        if self.closely or self._cuda is not None or self._reads_host:
-            now = self._read()
-        else:  # this line is run at every step of most runs
-            now = {"torch": torch.default_generator.get_state()}
+        one_by_one = self._one_by_one > 0
+        if one_by_one:
+            self._one_by_one -= 1
+        elif self._passes_over():  # most calls of most runs end here
+            self._before.append(None)
+            return ()
+        now = self._read()
         verdicts: Sequence[Verdict] = ()
-        if self.closely or len(self._before) >= _AT_ONCE:
+        if self.closely or one_by_one or len(self._before) >= _AT_ONCE:
             verdicts = self._judge(now, right_after=False)
         self._before.append(now)
         return verdicts
+
+    def _passes_over(self) -> bool:
+        """Whether the call that begins goes unread."""
+        waiting = 0 < len(self._before) < _AT_ONCE
+        return waiting and not (self._drew or self.closely or self._cuda or self._reads_host)
 
     def settle(self, *, right_after: bool) -> Sequence[Verdict]:
         """Judge all calls that were not judged yet; to be asked after each call while ``closely``.
@@ -88,6 +105,23 @@ class DrawWatch:
             The verdicts.
         """
         return self._judge(self._read(), right_after=right_after) if self._before else ()
+
+    def epoch_ends(self) -> Sequence[Verdict]:
+        """The last call of an epoch is over, and nothing else can have drawn since.
+
+        Returns:
+            The verdicts on all calls that were not judged yet.
+        """
+        self._one_by_one = _ONE_BY_ONE
+        return self.settle(right_after=True)
+
+    def interrupted(self) -> Sequence[Verdict]:
+        """Something that draws, or may, is about to run between two calls.
+
+        Returns:
+            The verdicts, where calls went unread.
+        """
+        return self.settle(right_after=False) if None in self._before else ()
 
     def forget(self) -> None:
         """The last drawing call leaves the record: the next one must bring its state along."""
@@ -105,11 +139,15 @@ class DrawWatch:
     def _judge(self, now: dict[str, Tensor], *, right_after: bool) -> list[Verdict]:
         states = [*self._before, now]
         self._before = []
-        last = len(states) - 2
-        return [
-            self._verdict(before, after, right_after=right_after and at == last)
-            for at, (before, after) in enumerate(pairwise(states))
-        ]
+        readings = [(at, state) for at, state in enumerate(states) if state is not None]
+        last = len(states) - 1
+        verdicts: list[Verdict] = []
+        for (first, before), (following, after) in pairwise(readings):
+            end = right_after and following == last
+            verdict = self._verdict(before, after, right_after=end)
+            rest = Verdict(draws=verdict.draws)  # goes on from what the call before left
+            verdicts += [verdict, *[rest] * (following - first - 1)]
+        return verdicts
 
     def _verdict(
         self, before: dict[str, Tensor], after: dict[str, Tensor], *, right_after: bool
@@ -122,7 +160,7 @@ class DrawWatch:
             self._host_draws = not all(torch.equal(a, b) for a, b in pairs)
         if not self._host_draws:
             before, after = _without_host(before), _without_host(after)
-        self.closely = _CLOSELY
+        self.closely, self._drew = _CLOSELY, True
         left, self.left_behind = self.left_behind, after if right_after else None
         known = left is not None and random_state.equal(left, before)
         return Verdict(draws=True, random=None if known else before)

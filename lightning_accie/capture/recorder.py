@@ -263,7 +263,9 @@ class Recorder:
         self._window.append(call)
         self._window_step = global_step
         # What comes between two epochs draws: samplers, and the seeds of workers.
-        if self._draws.closely or self._batches.is_last_batch:
+        if self._batches.is_last_batch:
+            self._judge(self._draws.epoch_ends())
+        elif self._draws.closely:
             self._judge(self._draws.settle(right_after=True))
         return output
 
@@ -287,6 +289,11 @@ class Recorder:
         for call, verdict in zip(self._unjudged, verdicts, strict=True):
             call.append(verdict)
         self._unjudged.clear()
+
+    def interrupted(self) -> None:
+        """Something besides training, such as a validation, is about to run between two calls."""
+        if verdicts := self._draws.interrupted():
+            self._judge(verdicts)
 
     def forget_random(self) -> None:
         """Let a replay begin here without the generators' states that a checkpoint would hold."""

@@ -328,6 +328,11 @@ class Recording:
 
         return check
 
+    def interrupted(self) -> None:
+        """A validation is about to run."""
+        if self._recorder is not None:
+            self._recorder.interrupted()
+
     def _settled_steps(self) -> int:
         """How many steps were taken; the record of the last one is complete then."""
         assert self._recorder is not None

@@ -93,6 +93,20 @@ MUTATIONS = [
         BITS,
     ),
     Mutation(
+        "calls between two readings are taken for ones that drew nothing",
+        "capture/draws.py",
+        "rest = Verdict(draws=verdict.draws)",
+        "rest = Verdict(draws=False)",
+        "tests/capture/test_draws.py",
+    ),
+    Mutation(
+        "a run that drew goes on unread",
+        "capture/draws.py",
+        "waiting and not (self._drew or self.closely",
+        "waiting and not (self.closely",
+        "tests/capture/test_draws.py",
+    ),
+    Mutation(
         "numpy's and python's generators are not watched",
         "capture/draws.py",
         "return self._host_draws or self._reads < 2 * _CLOSELY",
