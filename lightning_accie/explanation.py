@@ -207,5 +207,7 @@ def _as_it_is(batch: Any) -> Any:
 
 _NO_SAMPLES = (
     "The batch given to `explain` cannot be taken apart by sample: no tensor has the batch as its "
-    "leading dimension. Pass a DataLoader with `batch_size=1`, whose batches are the queries."
+    "leading dimension. A single sample `dataset[i]` becomes a batch by "
+    "`torch.utils.data.default_collate([dataset[i]])`; or pass a DataLoader with `batch_size=1`, whose "
+    "batches are the queries."
 )

@@ -154,15 +154,21 @@ class InfluenceScores:
 
     def __repr__(self) -> str:
         query = f" on {self.info['query']}" if "query" in self.info else ""
-        main = self.main_agreement
-        trust = "" if main is None else f"; Kendall τ {main.kendall_tau:.2f}"
-        for found in self.agreement:  # the strongest, which are easy to order, raise the other
-            if main is not None and found.estimator == main.estimator and found.count > 1:
-                trust += f", at random {found.kendall_tau:.2f}" if found.sample == "random" else ""
+        whole = f" of {self.info['part_of']}" if "part_of" in self.info else ""
         return (
-            f"{type(self).__name__}({len(self)} samples{query}: {len(self._harmful())} harmful, "
-            f"{len(self._helpful())} helpful, {self.replayed} replayed exactly{trust})"
+            f"{type(self).__name__}({len(self)}{whole} samples{query}: {len(self._harmful())} harmful, "
+            f"{len(self._helpful())} helpful, {self.replayed} replayed exactly{self._trust()})"
         )
+
+    def _trust(self) -> str:
+        main = self.main_agreement
+        if main is None:
+            return ""
+        told = f"; Kendall τ {main.kendall_tau:.2f}"
+        for found in self.agreement:  # the strongest, which are easy to order, raise the other
+            if found.sample == "random" and found.estimator == main.estimator and found.count > 1:
+                told += f", at random {found.kendall_tau:.2f}"
+        return told + (" of them all" if "part_of" in self.info else "")
 
     def _repr_html_(self) -> str:
         """The ends of the ranking as tables, for notebooks."""
@@ -309,6 +315,8 @@ class InfluenceScores:
         fields["columns"] = {
             name: [column[row] for row in picked] for name, column in self.columns.items()
         }
+        if len(picked) < len(self):
+            fields["info"] = {"part_of": len(self), **self.info}
         return replace(self, **fields)
 
     # ------------------------------------------------------------------ tables

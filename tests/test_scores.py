@@ -124,6 +124,14 @@ def test_repr_says_it_in_a_line() -> None:
     )
 
 
+def test_a_part_of_a_ranking_says_whose_agreement_it_repeats() -> None:
+    assert repr(small_scores().top_harmful(2)) == (
+        "InfluenceScores(2 of 7 samples on val_loss: 2 harmful, 0 helpful, 1 replayed exactly; "
+        "Kendall τ 1.00 of them all)"
+    )
+    assert "part_of" not in small_scores().ranked().info
+
+
 def test_repr_tells_the_agreement_of_samples_at_random() -> None:
     scores = small_scores()
     whole = scores.main_agreement

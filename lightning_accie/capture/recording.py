@@ -478,3 +478,7 @@ class Recording:
         if self._temporary is not None:
             shutil.rmtree(self._temporary, ignore_errors=True)
             self._temporary = None
+            rank_zero_info(
+                "`fast_dev_run` leaves nothing behind: what InfluenceCallback wrote is deleted again. "
+                "Name a `dirpath=` to keep it."
+            )

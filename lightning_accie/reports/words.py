@@ -12,12 +12,14 @@ from lightning_accie.scores import InfluenceScores
 COLUMNS = ("#", "sample", "influence", "exact", "visits")
 """Of the tables of strongest samples; the user's own columns follow."""
 
-LEGEND = "exact: ✓ = replayed without the sample, ? = estimate not to be relied on"
+LEGEND = "exact: ✓ = replayed without it, blank = an estimate, ? = one not to rely on"
 
 _LONGEST_CELL = 28
 _IN_A_LINE = 5
 _ENOUGH = 8
 """Samples that it takes to tell an order from chance."""
+_ENDS = 5
+"""Samples at an end below which one more or less in common says nothing."""
 
 
 def headline(scores: InfluenceScores) -> str:
@@ -152,7 +154,7 @@ def trust(scores: InfluenceScores) -> list[str]:
     noise = scores.info.get("noise_floor")
     if noise is not None and math.isfinite(noise):
         lines.append(
-            f"Exact replays are rounded to ±{noise:.0e}, more where that crosses a kink (ReLU)."
+            f"Exact replays are rounded to ±{noise:.0e}, and by more where a ReLU switches."
         )
     if layers := scores.info.get("settings", {}).get("layers"):
         chosen = layers if isinstance(layers, str) else ", ".join(layers)
@@ -241,7 +243,17 @@ def _agreement_lines(estimator: str, samples: Mapping[str, Agreement]) -> list[s
     ]
     if len(chosen) == 2 and samples["random"].count > 1:
         lines.append(f"  Those at random alone: {_figures(samples['random'])}.")
-    return lines
+    return [*lines, *_in_plain_words(estimator, samples)]
+
+
+def _in_plain_words(estimator: str, samples: Mapping[str, Agreement]) -> list[str]:
+    """Kendall's τ as a share of pairs: of two samples (1 + τ) / 2 are in the right order."""
+    for sample, words in (("random", "drawn at random"), ("verified", "of these")):
+        found = samples.get(sample)
+        if found and found.count >= _ENOUGH and not math.isnan(found.kendall_tau):
+            share = (1 + found.kendall_tau) / 2
+            return [f"  Of pairs {words}, {estimator} orders {share:.0%} as exact replay does."]
+    return []
 
 
 def _figures(found: Agreement) -> str:
@@ -249,7 +261,7 @@ def _figures(found: Agreement) -> str:
         "Kendall τ": found.kendall_tau,
         "Spearman": found.spearman,
         "relative RMSE": found.relative_rmse,
-        f"Jaccard@{found.jaccard_k}": found.jaccard,
+        f"Jaccard@{found.jaccard_k}": found.jaccard if found.jaccard_k >= _ENDS else math.nan,
     }
     known = [f"{name} {value:.2f}" for name, value in figures.items() if not math.isnan(value)]
     if not math.isnan(found.sign_agreement):

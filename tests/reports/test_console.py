@@ -47,7 +47,7 @@ def test_narrow_tables_stand_one_below_the_other() -> None:
         "# sample influence exact visits label " + "─" * 43 + " "
         "1 1 +2.00e+00 ? 3 b "
         "2 7 +5.00e-01 ✓ 3 f "
-        "exact: ✓ = replayed without the sample, ? = estimate not to be relied on"
+        "exact: ✓ = replayed without it, blank = an estimate, ? = one not to rely on"
     )
 
 
@@ -126,7 +126,7 @@ def test_the_agreement_is_told_in_words() -> None:
     # ‖estimate - exact‖ = √3.5 = 1.80, ‖exact‖ = √50.75
     assert (
         "acc-sgd-ie against exact replay of 6 samples (3 strongest, 3 at random): Kendall τ 1.00, "
-        "Spearman 1.00, relative RMSE 0.25, Jaccard@1 1.00, same sign 83%. "
+        "Spearman 1.00, relative RMSE 0.25, same sign 83%. "
         "Those at random alone: Kendall τ 1.00, Spearman 1.00, relative RMSE 0.30, "
     ) in text
     one = measure(doubles(1), doubles(1), estimator="x")
@@ -134,9 +134,24 @@ def test_the_agreement_is_told_in_words() -> None:
     assert "x against exact replay of 1 sample: too few to compare." in text
 
 
+def test_the_order_is_told_as_a_share_of_pairs() -> None:
+    exact = torch.arange(-50.0, 50.0).double()
+    estimate = exact.clone()
+    estimate[[0, 1]] = estimate[[1, 0]]  # one pair of 4950, one of 45 among ten
+    agreement = (
+        measure(estimate, exact, estimator="sgd-ie", sample="verified"),
+        measure(estimate[:10], exact[:10], estimator="sgd-ie", sample="random"),
+    )
+    text = words(printed(small_scores(agreement=agreement)))
+    assert "Of pairs drawn at random, sgd-ie orders 98% as exact replay does." in text
+    assert "Jaccard@10 1.00" in text
+    text = words(printed(small_scores(agreement=agreement[:1])))
+    assert "Of pairs of these, sgd-ie orders 100% as exact replay does." in text
+
+
 def test_every_reserve_is_told() -> None:
     text = words(printed(small_scores(info={"noise_floor": 2e-9, "interrupted": True})))
-    assert "Exact replays are rounded to ±2e-09, more" in text
+    assert "Exact replays are rounded to ±2e-09, and by more" in text
     assert "Do not rely" not in text
     assert "Estimates not to be relied on, and not replayed either: 1." in text
     assert "The analysis was interrupted" in text

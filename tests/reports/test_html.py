@@ -94,10 +94,10 @@ def test_the_strongest_are_shown_with_everything_known(tmp_path: Path) -> None:
     text = read(tmp_path, small_scores(), top_k=1).text
     harmful = text[text.index("Most harmful: val_loss") : text.index("Most helpful: val_loss")]
     assert (
-        "example 4 -3.00e+00 exact influence -3.00e+00 estimate -2.50e+00 times drawn 2" in harmful
+        "example 4 -3.00e+00 exact influence -3.00e+00 estimate -2.50e+00 visits 2" in harmful
     )
     assert "rank 1 of 7 label d" in harmful
-    assert harmful.count("times drawn") == 1
+    assert harmful.count("visits") == 1
     helpful = text[text.index("Most helpful: val_loss") :]
     assert "example 1 +2.00e+00 exact influence not replayed" in helpful
     assert "estimate +2.00e+00 by sgd-ie ? not to be relied on" in helpful

@@ -5,7 +5,7 @@
   const data = JSON.parse(byId("data").textContent);
   const { rows: count, columns } = data.table;
   const TITLES = {
-    rank: "rank", sample: "example", influence: "influence", exact: "exact", drawn: "times drawn", by: "by",
+    rank: "rank", sample: "example", influence: "influence", exact: "exact", drawn: "visits", by: "by",
   };
 
   // ---------------------------------------------------------------- columns
