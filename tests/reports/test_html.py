@@ -93,9 +93,7 @@ def test_its_reserves_come_first(tmp_path: Path) -> None:
 def test_the_strongest_are_shown_with_everything_known(tmp_path: Path) -> None:
     text = read(tmp_path, small_scores(), top_k=1).text
     harmful = text[text.index("Most harmful: val_loss") : text.index("Most helpful: val_loss")]
-    assert (
-        "example 4 -3.00e+00 exact influence -3.00e+00 estimate -2.50e+00 visits 2" in harmful
-    )
+    assert "example 4 -3.00e+00 exact influence -3.00e+00 estimate -2.50e+00 visits 2" in harmful
     assert "rank 1 of 7 label d" in harmful
     assert harmful.count("visits") == 1
     helpful = text[text.index("Most helpful: val_loss") :]
