@@ -196,7 +196,7 @@ class LiveView:
             device=device,
             full_precision=self.full_precision,
         )
-        walker = Walker(stretch, program, memory_budget=self.memory_budget // 2)  # type: ignore[arg-type]
+        walker = Walker(stretch, program, memory_budget=self.memory_budget // 2)
         find_loss_form(program, walker.first_loss().map.losses[0])  # type: ignore[arg-type]
         if self._product:
             walker.product = self._product
@@ -204,7 +204,7 @@ class LiveView:
             choose_product(Ladder(walker))
             self._product = walker.product
         final = walker.final()
-        samples, visits, first, after = drawn(stretch, source)  # type: ignore[arg-type]
+        samples, visits, first, after = drawn(stretch, source)
         loaders, limits = self._validation(trainer)
         query = ModuleQuery(
             program,

@@ -88,7 +88,7 @@ def check_first_step(
             compare_data(first.step(0).micro_batches, source)
         except ReplayMismatchError as error:
             raise UnsupportedError(f"The first batch cannot be fetched again. {error}") from error
-        walker = Walker(first, program, memory_budget=CACHE)  # type: ignore[arg-type]
+        walker = Walker(first, program, memory_budget=CACHE)
         try:
             visit = next(walker.forwards())
         except ReplayMismatchError as error:

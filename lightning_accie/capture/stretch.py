@@ -11,7 +11,7 @@ from lightning_accie.trajectory.records import Checkpoint, Step
 
 
 class Stretch:
-    """A trajectory in memory: what `Walker` reads of a `Trajectory`.
+    """A `RecordedSteps` in memory.
 
     Args:
         header: as of the run's trajectory.
@@ -29,6 +29,7 @@ class Stretch:
         after: Checkpoint,
         name: str,
     ) -> None:
+        self.status = "running"
         self.directory = Path(f"({name})")
         self.header = {**header, "resumed": []}  # of this stretch nothing was resumed
         self._steps = [replace(step, number=number) for number, step in enumerate(steps)]

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from lightning_accie.replay.batches import Batches
-from lightning_accie.trajectory.reader import Trajectory
+from lightning_accie.trajectory.records import RecordedSteps
 
 
-def drawn(trajectory: Trajectory, batches: Batches) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def drawn(trajectory: RecordedSteps, batches: Batches) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Every drawn sample's number, visits, and first and last step.
 
     Args:

@@ -21,8 +21,7 @@ from lightning_accie.replay.step import TANGENTS, StepMap, total_gradient
 from lightning_accie.replay.tape import Tape, saved_bytes
 from lightning_accie.replay.update import Clip, Update
 from lightning_accie.replay.update_rules import rule_named
-from lightning_accie.trajectory.reader import Trajectory
-from lightning_accie.trajectory.records import MicroBatch, RandomState, Step
+from lightning_accie.trajectory.records import MicroBatch, RandomState, RecordedSteps, Step
 
 _LEAST_TAPES = 16
 
@@ -113,7 +112,7 @@ class Walker:
 
     def __init__(
         self,
-        trajectory: Trajectory,
+        trajectory: RecordedSteps,
         program: TrainingProgram,
         *,
         memory_budget: int,

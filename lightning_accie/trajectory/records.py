@@ -6,9 +6,10 @@ them; none of the three needs another's types.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor
@@ -106,3 +107,44 @@ class Checkpoint:
     step: int
     tensors: Mapping[str, Tensor]
     meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+class RecordedSteps(Protocol):
+    """Consecutive steps of a run and some of its states: what an analysis reads.
+
+    A `Trajectory` is one, and so is a part of a run that is still going on.
+    """
+
+    @property
+    def directory(self) -> Path:
+        """Where they are, for messages."""
+        ...
+
+    @property
+    def header(self) -> Mapping[str, Any]:
+        """Facts of the run, as in a trajectory's manifest."""
+        ...
+
+    @property
+    def status(self) -> str:
+        """How the recording ended, as in a trajectory's manifest."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    @property
+    def checkpoint_steps(self) -> tuple[int, ...]:
+        """The steps before which the full state is known, in order."""
+        ...
+
+    def step(self, t: int, /) -> Step:
+        """Give step ``t``, counted from 0."""
+        ...
+
+    def steps(self) -> Iterator[Step]:
+        """Give all steps in order."""
+        ...
+
+    def checkpoint(self, step: int, /) -> Checkpoint:
+        """Give the state before a step that is among ``checkpoint_steps``."""
+        ...
