@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from textwrap import fill
 from typing import TYPE_CHECKING
 
 import numpy as np
-
-from lightning_accie.images import ReadSample, as_image
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from lightning_accie.images import ReadSample
+    from lightning_accie.reports.samples import Render, Rendered
     from lightning_accie.scores import InfluenceScores
 
 KINDS = ("histogram", "agreement", "examples")
 _HARM, _HELP = "#b3261e", "#1b6e3c"
 _COLUMNS = 5
+_LETTERS, _LINES = 23, 12
+"""Of a text in the place of a picture."""
 
 
-def plot(scores: InfluenceScores, kind: str, sample: ReadSample | None, k: int) -> Figure:
+def plot(
+    scores: InfluenceScores, kind: str, sample: ReadSample | None, k: int, render: Render | None
+) -> Figure:
     """Draw a figure; see `InfluenceScores.plot`.
 
     Returns:
@@ -28,6 +33,7 @@ def plot(scores: InfluenceScores, kind: str, sample: ReadSample | None, k: int) 
 
     Raises:
         ImportError: if matplotlib is not installed.
+        RenderError: if ``render`` fails, or returns something else than it should.
         ValueError: if there is no such kind, or nothing to draw.
     """
     try:
@@ -37,7 +43,7 @@ def plot(scores: InfluenceScores, kind: str, sample: ReadSample | None, k: int) 
             "plot() needs matplotlib. Install it with `pip install 'lightning_accie[plot]'`."
         ) from error
     if kind == "examples":
-        return _examples(scores, sample, k, NotebookFigure)
+        return _examples(scores, sample, k, render, NotebookFigure)
     size = (5.5, 3.6) if kind == "histogram" else (4.4, 4.2)
     figure = NotebookFigure(figsize=size, layout="constrained")
     if kind == "histogram":
@@ -86,8 +92,14 @@ def _agreement(scores: InfluenceScores, axes: Axes) -> None:
 
 
 def _examples(
-    scores: InfluenceScores, sample: ReadSample | None, k: int, make: Callable[..., Figure]
+    scores: InfluenceScores,
+    sample: ReadSample | None,
+    k: int,
+    render: Render | None,
+    make: Callable[..., Figure],
 ) -> Figure:
+    from lightning_accie.reports.samples import render_samples  # which has scores to report
+
     if sample is None:
         raise ValueError(
             '`plot("examples")` needs the samples: pass `sample=dataset.__getitem__`, or an engine\'s '
@@ -95,26 +107,40 @@ def _examples(
         )
     sides = [("harmful", scores.top_harmful(k)), ("helpful", scores.top_helpful(k))]
     sides = [(name, top) for name, top in sides if len(top)]
-    images = [[as_image(sample(index)) for index in top.index.tolist()] for _, top in sides]
-    if not any(image is not None for row in images for image in row):
-        raise ValueError("The samples hold no images; `to_pandas()` shows their columns.")
-    lines = [-(-len(row) // _COLUMNS) for row in images]
+    numbers = [index for _, top in sides for index in top.index.tolist()]
+    shown = render_samples(sample, numbers, render)
+    if not any(one.image is not None or one.text or one.values for one in shown.values()):
+        raise ValueError(
+            "The samples hold nothing to show. Pass `render=`, which makes a picture, a text or a dict "
+            "of one; `to_pandas()` shows their columns."
+        )
+    lines = [-(-len(top) // _COLUMNS) for _, top in sides]
     size = (1.5 * _COLUMNS, 1.9 * sum(lines) + 0.5 * len(lines))
     figure = make(figsize=size, layout="constrained")
     parts = figure.subfigures(len(sides), 1, height_ratios=lines, squeeze=False)[:, 0]
-    for part, (name, top), row, count in zip(parts, sides, images, lines, strict=True):
+    for part, (name, top), count in zip(parts, sides, lines, strict=True):
         part.suptitle(f"Most {name}", fontsize="medium")
         grid = part.subplots(count, _COLUMNS, squeeze=False).ravel()
         for place, axes in enumerate(grid):
             axes.axis("off")
-            if place < len(row):
-                _example(axes, top, place, row[place])
+            if place < len(top):
+                _example(axes, top, place, shown[int(top.index[place])])
     return figure
 
 
-def _example(axes: Axes, top: InfluenceScores, place: int, image: np.ndarray | None) -> None:
-    if image is not None:
-        axes.imshow(image.squeeze(), cmap="gray" if image.shape[-1] == 1 else None)
+def _example(axes: Axes, top: InfluenceScores, place: int, shown: Rendered) -> None:
+    from lightning_accie.reports.samples import as_text
+
+    if shown.image is not None:
+        grey = shown.image.shape[-1] == 1
+        axes.imshow(shown.image.squeeze(), cmap="gray" if grey else None)
+    else:
+        values = [f"{name}: {as_text(value)}" for name, value in shown.values]
+        words = [*shown.text.splitlines(), *values]
+        lines = "\n".join(fill(line, _LETTERS) for line in words).splitlines()
+        cut = lines[:_LINES] if len(lines) <= _LINES else [*lines[: _LINES - 1], "…"]
+        # As it is: a dollar sign is no formula.
+        axes.text(0, 1, "\n".join(cut), fontsize=6, va="top", parse_math=False)
     label = top.columns.get("label")
     text = f"{int(top.index[place])}" + ("" if label is None else f" · {label[place]}")
     axes.set_title(f"{text}\n{float(top.influence[place]):+.2g}", fontsize="small")

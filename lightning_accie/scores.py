@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     import pandas
     from matplotlib.figure import Figure
 
+    from lightning_accie.reports.samples import Render
+
 CSV_HEADER = ("rank", "index", "influence", "visits", "estimator", "exact_influence")
 
 _TABLE = (*CSV_HEADER, "estimate", "trusted")
@@ -364,25 +366,32 @@ class InfluenceScores:
         return data_frame(self.to_dict())
 
     def plot(
-        self, kind: str = "histogram", *, sample: ReadSample | None = None, k: int = 10
+        self,
+        kind: str = "histogram",
+        *,
+        sample: ReadSample | None = None,
+        k: int = 10,
+        render: Render | None = None,
     ) -> Figure:
         """Draw a figure with matplotlib.
 
         Args:
             kind: ``"histogram"`` of all influences; ``"agreement"``, estimates against exact replay;
-                ``"examples"``, the images of the strongest samples.
+                ``"examples"``, the pictures, texts or values of the strongest samples.
             sample: reads a training sample by its index, for ``"examples"``:
                 ``dataset.__getitem__``, or `InfluenceEngine.sample`.
             k: how many samples on each side, for ``"examples"``.
+            render: how a sample is shown there; see `InfluenceCallback`.
 
         Returns:
             The figure; ``figure.savefig(path)`` writes it.
 
         Raises:
             ImportError: if matplotlib is not installed.
-            ValueError: if there is no such kind, no exact replay to compare with, or no images.
+            RenderError: if ``render`` fails, or returns something else than it should.
+            ValueError: if there is no such kind, no exact replay to compare with, or nothing to show.
         """
-        return plot(self, kind, sample, _count(k))
+        return plot(self, kind, sample, _count(k), render)
 
     def to_csv(self, file: str | os.PathLike[str] | TextIO) -> None:
         """Write the table as CSV (RFC 4180, UTF-8).

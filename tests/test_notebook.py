@@ -105,14 +105,32 @@ def test_images_of_the_strongest(tmp_path: Any) -> None:
     assert (tmp_path / "examples.png").stat().st_size > 1000
 
 
+def test_texts_and_values_of_the_strongest(tmp_path: Any) -> None:
+    scores = ranking()
+
+    def texts(**settings: Any) -> list[str]:
+        figure = scores.plot("examples", k=3, **settings)
+        figure.savefig(tmp_path / "examples.png")
+        return [axes.texts[0].get_text() for axes in figure.axes if axes.texts]
+
+    first = int(scores.top_harmful(1).index)
+    found = texts(sample=lambda index: ("it costs $5 or $6 " * 40, index))
+    assert len(found) == 6
+    assert found[0].startswith("it costs $5 or $6 it\ncosts $5 or $6")
+    assert found[0].endswith("\n…")
+    assert texts(sample=lambda index: {"age": index, "rate": 0.5})[0] == f"age: {first}\nrate: 0.5"
+    found = texts(sample=lambda index: index, render=lambda sample: f"number {sample}")
+    assert found[0] == f"number {first}"
+
+
 def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     scores = ranking()
     with pytest.raises(ValueError, match="`kind` must be one of 'histogram'"):
         scores.plot("pie")
     with pytest.raises(ValueError, match="needs the samples"):
         scores.plot("examples")
-    with pytest.raises(ValueError, match="hold no images"):
-        scores.plot("examples", sample=lambda index: index)
+    with pytest.raises(ValueError, match="hold nothing to show"):
+        scores.plot("examples", sample=lambda index: ())
     monkeypatch.delitem(sys.modules, "lightning_accie.notebook_figure", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"lightning_accie\[plot\]"):
