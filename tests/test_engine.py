@@ -44,6 +44,9 @@ from tests.problems import (
 from tests.truth import recorded_batches
 
 
+pytestmark = pytest.mark.filterwarnings("ignore:The gradient of `net.0.bias`")
+
+
 def noisy_module() -> Classifier:
     torch.manual_seed(1)
     layers = [nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 3)]

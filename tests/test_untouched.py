@@ -36,7 +36,8 @@ def data(n: int, seed: int) -> TensorDataset:
 
 def module(configure: Any) -> Classifier:
     torch.manual_seed(3)
-    layers = [nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 3)]
+    first = nn.Linear(4, 8, bias=False)
+    layers = [first, nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 3)]
     return Classifier(nn.Sequential(*layers), configure)
 
 

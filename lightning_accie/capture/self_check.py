@@ -31,6 +31,10 @@ CACHE = 2**26
 QueryCheck = Callable[[TrainingProgram, Snapshot], None]
 _MOVEMENT_TOLERANCE = 0.05
 """Adam's first step turns rounding into movement where a gradient is next to zero."""
+_ROUNDINGS = 50
+"""A gradient of as many roundings of the largest one is nothing but rounding, ..."""
+_NOTICEABLE = 0.01
+"""... and matters where it moved its parameter by such a share of what the step moved at most."""
 
 
 def check_first_step(
@@ -103,6 +107,8 @@ def check_first_step(
         settled = replace(visit.map, penalty=form.penalty, transforms=program.untransformed is None)
         visit = replace(visit, map=settled)
         _check_movement(walker.again(visit), visit, first)
+        if noise := _moved_by_rounding(visit, first):
+            rank_zero_warn(_noisy(noise))
         if probe is not None:
             check_derivatives(probe, visit)
         if check_query is not None:
@@ -112,6 +118,32 @@ def check_first_step(
         if render is not None:
             render_samples(source.sample, _first_sample(first, source), render)
     return form
+
+
+def _moved_by_rounding(visit: Visit, first: Stretch) -> list[str]:
+    """Parameters whose gradient is next to nothing, and that Adam moves all the same."""
+    after = first.checkpoint(1).tensors
+    params = visit.state.params
+    slopes = {n: after[f"slots/{n}/exp_avg"] for n in params if f"slots/{n}/exp_avg" in after}
+    sizes = {n: float(slope.abs().max()) for n, slope in slopes.items() if slope.numel()}
+    moved = {n: float((after[f"params/{n}"].to(params[n]) - params[n]).abs().max()) for n in sizes}
+    largest, farthest = max(sizes.values(), default=0.0), max(moved.values(), default=0.0)
+    return [
+        name
+        for name, size in sizes.items()
+        if 0 < size <= _ROUNDINGS * torch.finfo(params[name].dtype).eps * largest
+        and moved[name] > _NOTICEABLE * farthest
+    ]
+
+
+def _noisy(names: Sequence[str]) -> str:
+    shown = ", ".join(f"`{name}`" for name in names[:4]) + (", …" if len(names) > 4 else "")
+    return (
+        f"The gradient of {shown} is no more than rounding, as that of a bias in front of BatchNorm, "
+        "which subtracts it again. Adam scales it up to steps of full size, so that exact replays "
+        "depend on rounding and no estimate follows them. Use `bias=False` there, or "
+        '`Trainer(precision="64-true")`.'
+    )
 
 
 def _first_sample(first: Stretch, source: Batches) -> list[int]:

@@ -22,7 +22,8 @@ def net(kind: str) -> nn.Module:
         "layernorm": [nn.LayerNorm(8)],
         "both": [nn.BatchNorm1d(8), nn.Dropout(0.2)],
     }
-    return nn.Sequential(nn.Linear(4, 8), *middle[kind], nn.ReLU(), nn.Linear(8, 3))
+    first = nn.Linear(4, 8, bias=kind not in ("batchnorm", "both"))
+    return nn.Sequential(first, *middle[kind], nn.ReLU(), nn.Linear(8, 3))
 
 
 class Noisy(Classifier):
