@@ -43,7 +43,6 @@ from tests.problems import (
 )
 from tests.truth import recorded_batches
 
-
 pytestmark = pytest.mark.filterwarnings("ignore:The gradient of `net.0.bias`")
 
 
