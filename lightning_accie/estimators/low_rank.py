@@ -64,13 +64,13 @@ class LowRankAccSgdIE(Estimator):
         rank: r, the number of directions; with as many as there are trained parameters, and
             ``curvature="hessian"``, the result is that of `AccSgdIE`.
         curvature: ``"gauss-newton"`` takes the curvature of the losses in the network's outputs
-            alone: r + 1 derivatives of these a step, exact for generalised linear models. It
+            alone: r derivatives of these a step at most, exact for generalised linear models. It
             needs losses such as ``F.cross_entropy`` of the network's outputs. ``"hessian"`` goes
             with any loss, and takes r Hessian products a step and two for every sample that the
             step draws.
         query: ``"second-order"`` adds the query's curvature to the ``"linear"`` ⟨∇q, Δ_j⟩.
         refresh_every: after how many steps VᵀH_tV is computed anew. It moves slowly, but is that of
-            one batch: with ``"hessian"``, more than 3 cost fidelity.
+            one batch: with more than 1, it is the mean of the new one and the one before.
         candidates: None for every sample, a count (the strongest by SGD-IE), or sample numbers.
         seed: of the random weights by which gradients are mixed to find V.
 
@@ -85,7 +85,7 @@ class LowRankAccSgdIE(Estimator):
         rank: int = 16,
         curvature: str = "gauss-newton",
         query: str = "second-order",
-        refresh_every: int = 2,
+        refresh_every: int = 4,
         candidates: Candidates = None,
         seed: int = 0,
     ) -> None:
@@ -180,14 +180,21 @@ class LowRankAccSgdIE(Estimator):
                 if visit.map.losses:
                     stale = matrix is None or visit.step % self.refresh_every == 0
                     found = own.forwards(visit, c, matrix=stale)
-                    matrix, note = found.matrix if stale else matrix, found.note
-                    assert matrix is not None
+                    note, matrix = found.note, self._mean(matrix, found.matrix)
                     change = (c @ matrix).index_add_(0, note.spots, -found.slope - found.bend)
                     c, slots = update(visit, c, slots, change)
                     _check_memory(note, visits, replay.memory_budget)
                 notes.append(note)
                 advance(1)
         return notes, c
+
+    def _mean(self, matrix: Tensor | None, found: Tensor | None) -> Tensor:
+        """VᵀH_tV for this step and, where it is not computed anew for each, those until the next."""
+        if matrix is None or found is None or self.refresh_every == 1:
+            known = matrix if found is None else found
+            assert known is not None
+            return known
+        return torch.lerp(matrix, found, 0.5)  # one batch stands for several
 
     def _backwards(
         self,
@@ -204,12 +211,11 @@ class LowRankAccSgdIE(Estimator):
         with replay.progress.task("low-rank: backwards", len(replay.walker)) as advance:
             for visit in replay.walker.backwards(kept):
                 note = notes.pop()
-                if note is not None:
-                    still = {name: visit.state.params[name] for name in visit.map.used}
-                    mu = visit.map.update.vjp(visit.state, still, cotangent)[1]
-                    gain = own.backwards(visit, mu, note)
+                if note is None:
+                    cotangent, by_weight = visit.map.vjp(visit.state, cotangent)
+                else:
+                    cotangent, by_weight, gain = own.backwards(visit, cotangent, note)
                     correction.index_add_(0, note.spots, -gain.double())
-                cotangent, by_weight = visit.map.vjp(visit.state, cotangent)
                 influence.index_add_(0, visit.map.samples, -by_weight.double().cpu())
                 advance(1)
         return influence, correction.cpu()
