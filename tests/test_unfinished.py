@@ -15,12 +15,30 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from lightning_accie import AccSgdIE, InfluenceEngine, InfluenceScores, LeaveOneOut, SgdIE
+from lightning_accie import (
+    AccSgdIE,
+    InfluenceEngine,
+    InfluenceScores,
+    LeaveOneOut,
+    LowRankAccSgdIE,
+    SgdIE,
+)
 from lightning_accie import unfinished as room
-from lightning_accie.estimators import chunks, sgd_ie
+from lightning_accie.estimators import chunks, low_rank, sgd_ie
+from lightning_accie.estimators.own_curvature import FullHessian, GaussNewton
 from lightning_accie.replay.walker import Walker
 from lightning_accie.trajectory.sizes import parse_bytes
-from tests.problems import Classifier, adamw, classification, fit, quiet_trainer, record, smooth_net
+from lightning_accie.trajectory.tensors import load
+from tests.problems import (
+    Classifier,
+    adamw,
+    classification,
+    fit,
+    quiet_trainer,
+    record,
+    sgd,
+    smooth_net,
+)
 from tests.steady import steady_choices
 
 CHUNK = 5
@@ -31,6 +49,7 @@ def _at_once(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Small chunks, each written as it is finished, and every step of a walk."""
     monkeypatch.setattr(room, "WRITE_EVERY", 0.0)
     monkeypatch.setattr(sgd_ie, "KEEP_EVERY", 0.0)
+    monkeypatch.setattr(low_rank, "KEEP_EVERY", 0.0)
     monkeypatch.setattr(chunks, "chunk_size", lambda *args: CHUNK)
     with steady_choices():
         yield
@@ -143,6 +162,91 @@ def test_a_backward_walk_goes_on(
     assert visited == [7, 6, 5, 4, 3, 2, 1, 0]
 
 
+class Skips(Classifier):
+    """Returns no loss for the second batch of an epoch."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return None if batch_idx == 1 else super().training_step(batch, batch_idx)
+
+
+ignoring_none = pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+
+
+def low_rank_engine(root: Path, budget: str = "1GB") -> InfluenceEngine:
+    """Eight steps, two of them without a loss."""
+    torch.manual_seed(3)
+    module = Skips(smooth_net(), sgd(momentum=0.8))
+    engine = record(root, module, classification(24), classification(11, seed=3), max_epochs=2)
+    engine._walker.memory_budget = parse_bytes(budget)
+    return engine
+
+
+@ignoring_none
+@pytest.mark.parametrize("budget", ["1GB", "1kB"])
+@pytest.mark.parametrize("walk", ["forwards", "backwards"])
+@pytest.mark.parametrize("kill_at", [0, 1, 4, 5])
+@pytest.mark.parametrize("way", [GaussNewton, FullHessian])
+def test_the_walks_of_the_low_rank_form_go_on(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    way: type[GaussNewton | FullHessian],
+    kill_at: int,
+    walk: str,
+    budget: str,
+) -> None:
+    engine = low_rank_engine(tmp_path, budget)
+    curvature = "hessian" if way is FullHessian else "gauss-newton"
+    estimator = LowRankAccSgdIE(3, curvature, refresh_every=2)
+    whole = engine.estimate(estimator=estimator, verify=0)
+    seen = fails_after(monkeypatch, way, walk, kill_at, FaultError())
+    with pytest.raises(FaultError):
+        engine.estimate(estimator=estimator, verify=0)
+    found: list[Any] = []
+    monkeypatch.setattr(low_rank, "sketched", _noted(low_rank.sketched, found))
+    if walk == "backwards":
+        monkeypatch.setattr(way, "forwards", _noted(way.forwards, found))
+    same(engine.estimate(estimator=estimator, verify=0), whole)
+    assert len(seen) == 6 - kill_at
+    assert not found  # neither the directions, nor the walk forwards once that was done
+    assert not folder(engine).exists()
+
+
+@ignoring_none
+@pytest.mark.parametrize("kind", ["directions", "notes", "forwards", "backwards"])
+def test_what_the_low_rank_form_lacks_it_does_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    engine = low_rank_engine(tmp_path)
+    estimator = LowRankAccSgdIE(3)
+    whole = engine.estimate(estimator=estimator, verify=0)
+    fails_after(monkeypatch, GaussNewton, "backwards", 3, FaultError())
+    with pytest.raises(FaultError):
+        engine.estimate(estimator=estimator, verify=0)
+    files = [
+        path
+        for path in folder(engine).glob("*/*.safetensors")
+        if load(path.read_bytes())[1]["key"].endswith(kind)
+    ]
+    files[0].unlink()
+    seen: list[Any] = []
+    monkeypatch.setattr(GaussNewton, "forwards", _noted(GaussNewton.forwards, seen))
+    same(engine.estimate(estimator=estimator, verify=0), whole)
+    assert bool(seen) == (kind in ("notes", "forwards"))
+
+
+@ignoring_none
+def test_the_low_rank_form_of_other_samples_begins_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = low_rank_engine(tmp_path)
+    some = LowRankAccSgdIE(3, candidates=[2, 5, 11])
+    whole = engine.estimate(estimator=some, verify=0)
+    fails_after(monkeypatch, GaussNewton, "backwards", 3, FaultError())
+    with pytest.raises(FaultError):
+        engine.estimate(estimator=LowRankAccSgdIE(3), verify=0)
+    same(engine.estimate(estimator=some, verify=0), whole)
+
+
 def test_an_automatic_ranking_goes_on_after_ctrl_c(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,9 +266,9 @@ def test_an_automatic_ranking_goes_on_after_ctrl_c(
 
 
 def _noted(method: Callable[..., Any], calls: list[Any]) -> Callable[..., Any]:
-    def wrapped(*args: Any) -> Any:
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
         calls.append(args)
-        return method(*args)
+        return method(*args, **kwargs)
 
     return wrapped
 

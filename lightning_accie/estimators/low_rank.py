@@ -36,6 +36,8 @@ from lightning_accie.estimators.base import (
 )
 from lightning_accie.estimators.basis import Basis
 from lightning_accie.estimators.chunks import choose
+from lightning_accie.estimators.kept import Regularly
+from lightning_accie.estimators.low_rank_walks import Backwards, Forwards, Notes, Walks
 from lightning_accie.estimators.own_curvature import (
     FullHessian,
     GaussNewton,
@@ -45,9 +47,14 @@ from lightning_accie.estimators.own_curvature import (
     check_gauss_newton,
 )
 from lightning_accie.estimators.reduced import ReducedUpdate, check_update
-from lightning_accie.estimators.sgd_ie import SgdIE, at_the_end, no_larger_than_the_run
+from lightning_accie.estimators.sgd_ie import (
+    KEEP_EVERY,
+    SgdIE,
+    WalkBack,
+    no_larger_than_the_run,
+)
 from lightning_accie.estimators.sketch import sketched
-from lightning_accie.replay.state import State, dot
+from lightning_accie.replay.state import dot
 from lightning_accie.replay.walker import Kept, Visit
 
 CURVATURES = ("gauss-newton", "hessian")
@@ -64,13 +71,13 @@ class LowRankAccSgdIE(Estimator):
         rank: r, the number of directions; with as many as there are trained parameters, and
             ``curvature="hessian"``, the result is that of `AccSgdIE`.
         curvature: ``"gauss-newton"`` takes the curvature of the losses in the network's outputs
-            alone: r + 1 derivatives of these a step, exact for generalised linear models. It
+            alone: r derivatives of these a step at most, exact for generalised linear models. It
             needs losses such as ``F.cross_entropy`` of the network's outputs. ``"hessian"`` goes
             with any loss, and takes r Hessian products a step and two for every sample that the
             step draws.
         query: ``"second-order"`` adds the query's curvature to the ``"linear"`` ⟨∇q, Δ_j⟩.
         refresh_every: after how many steps VᵀH_tV is computed anew. It moves slowly, but is that of
-            one batch: with ``"hessian"``, more than 3 cost fidelity.
+            one batch: with more than 1, it is the mean of the new one and the one before.
         candidates: None for every sample, a count (the strongest by SGD-IE), or sample numbers.
         seed: of the random weights by which gradients are mixed to find V.
 
@@ -85,7 +92,7 @@ class LowRankAccSgdIE(Estimator):
         rank: int = 16,
         curvature: str = "gauss-newton",
         query: str = "second-order",
-        refresh_every: int = 2,
+        refresh_every: int = 4,
         candidates: Candidates = None,
         seed: int = 0,
     ) -> None:
@@ -116,7 +123,9 @@ class LowRankAccSgdIE(Estimator):
     def estimate(self, replay: Replay) -> Estimate:
         """Walk the run forwards in V's coordinates, and backwards as SGD-IE does.
 
-        Ctrl-C ends it without a result, as none is known before the end.
+        Ctrl-C ends it without a result, as none is known before the end; what the walks have found is
+        kept, as it is where the analysis is killed. It is one walk for all samples, whose price is that
+        of the directions: there is nothing in it to deal out to several processes.
 
         Args:
             replay: the run and the query.
@@ -132,17 +141,23 @@ class LowRankAccSgdIE(Estimator):
                 follows, before any work is done.
         """
         self._check(replay.walker.first_loss())
-        cotangent = at_the_end(replay)
+        beginning = WalkBack.begun(replay)
         samples = choose(replay, self.candidates)
-        spots = Spots(replay, samples)
-        basis = sketched(replay, self.rank, self.seed, through=self.curvature == "hessian")
+        walks = Walks(replay, self.key, samples)
+        through = self.curvature == "hessian"
+        basis = walks.basis(lambda: sketched(replay, self.rank, self.seed, through=through))
         curve = self._query_curvature(replay, basis)
         way = FullHessian if self.curvature == "hessian" else GaussNewton
-        own: OwnCurvature = way(replay, spots, basis)
+        own: OwnCurvature = way(replay, Spots(replay, samples), basis)
         kept = Kept()
-        notes, c = self._forwards(replay, own, basis, kept, samples)
-        first, correction = self._backwards(replay, cotangent, own, notes, kept, len(samples))
-        return self._found(replay, samples, first[samples], correction, c, curve)
+        forwards = walks.forwards() or Forwards(basis.rows.new_zeros(len(samples), basis.rank))
+        unfinished = len(forwards.notes) < len(replay.walker)
+        if unfinished:
+            self._forwards(replay, own, basis, kept, samples, forwards, walks)
+        back = None if unfinished else walks.backwards()
+        back = back or Backwards(beginning, forwards.c.new_zeros(len(samples), dtype=torch.float64))
+        self._backwards(replay, own, kept, forwards.notes, back, walks)
+        return self._found(replay, samples, back, forwards.c, curve)
 
     def probe(self, visit: Visit) -> None:
         """Do one step of each walk."""
@@ -165,54 +180,73 @@ class LowRankAccSgdIE(Estimator):
             check_gauss_newton(visit)
 
     def _forwards(
-        self, replay: Replay, own: OwnCurvature, basis: Basis, kept: Kept, samples: Tensor
-    ) -> tuple[list[Note | None], Tensor]:
-        """What every step found, and c at the end of the run, ``[n, r]``."""
-        c = basis.rows.new_zeros(len(samples), basis.rank)
+        self,
+        replay: Replay,
+        own: OwnCurvature,
+        basis: Basis,
+        kept: Kept,
+        samples: Tensor,
+        walk: Forwards,
+        walks: Walks,
+    ) -> None:
+        """Walk to the end of the run; steps that an earlier analysis has done are only replayed."""
         visits = int(replay.visits[replay.positions(samples)].sum())
-        slots: dict[str, Tensor] = {}
-        matrix: Tensor | None = None
-        notes: list[Note | None] = []
-        update = ReducedUpdate(basis)
+        update, keep = ReducedUpdate(basis), Regularly(KEEP_EVERY)
         with replay.progress.task("low-rank: forwards", len(replay.walker)) as advance:
             for visit in replay.walker.forwards(kept):
-                note = None
-                if visit.map.losses:
-                    stale = matrix is None or visit.step % self.refresh_every == 0
-                    found = own.forwards(visit, c, matrix=stale)
-                    matrix, note = found.matrix if stale else matrix, found.note
-                    assert matrix is not None
-                    change = (c @ matrix).index_add_(0, note.spots, -found.slope - found.bend)
-                    c, slots = update(visit, c, slots, change)
-                    _check_memory(note, visits, replay.memory_budget)
-                notes.append(note)
+                if visit.step == len(walk.notes):
+                    walk.notes.append(self._step(visit, own, update, walk))
+                    _check_memory(walk.notes[-1], visits, replay.memory_budget)
+                    keep(lambda: walks.keep_forwards(walk))
                 advance(1)
-        return notes, c
+        walks.keep_forwards(walk)
+
+    def _step(
+        self, visit: Visit, own: OwnCurvature, update: ReducedUpdate, walk: Forwards
+    ) -> Note | None:
+        """Carry c along one step; gives what is noted of it."""
+        if not visit.map.losses:
+            return None
+        stale = walk.matrix is None or visit.step % self.refresh_every == 0
+        found = own.forwards(visit, walk.c, matrix=stale)
+        walk.matrix = self._mean(walk.matrix, found.matrix)
+        change = walk.c @ walk.matrix
+        change.index_add_(0, found.note.spots, -found.slope - found.bend)
+        walk.c, walk.slots = update(visit, walk.c, walk.slots, change)
+        return found.note
+
+    def _mean(self, matrix: Tensor | None, found: Tensor | None) -> Tensor:
+        """VᵀH_tV for this step and, where it is not computed anew for each, those until the next."""
+        if matrix is None or found is None or self.refresh_every == 1:
+            known = matrix if found is None else found
+            assert known is not None
+            return known
+        return torch.lerp(matrix, found, 0.5)  # one batch stands for several
 
     def _backwards(
         self,
         replay: Replay,
-        cotangent: State,
         own: OwnCurvature,
-        notes: list[Note | None],
         kept: Kept,
-        count: int,
-    ) -> tuple[Tensor, Tensor]:
-        """SGD-IE's figure by sample number, and what the own curvature adds to it, ``[n]``."""
-        influence = torch.zeros(replay.span, dtype=torch.float64)
-        correction = torch.zeros(count, dtype=torch.float64, device=replay.walker.program.device)
-        with replay.progress.task("low-rank: backwards", len(replay.walker)) as advance:
-            for visit in replay.walker.backwards(kept):
-                note = notes.pop()
-                if note is not None:
-                    still = {name: visit.state.params[name] for name in visit.map.used}
-                    mu = visit.map.update.vjp(visit.state, still, cotangent)[1]
-                    gain = own.backwards(visit, mu, note)
-                    correction.index_add_(0, note.spots, -gain.double())
-                cotangent, by_weight = visit.map.vjp(visit.state, cotangent)
-                influence.index_add_(0, visit.map.samples, -by_weight.double().cpu())
+        notes: Notes,
+        back: Backwards,
+        walks: Walks,
+    ) -> None:
+        """Walk back as SGD-IE does, and add up what the own curvature adds to it."""
+        walk, keep = back.walk, Regularly(KEEP_EVERY)
+        with replay.progress.task("low-rank: backwards", walk.step) as advance:
+            for visit in replay.walker.backwards(kept, before=walk.step):
+                note = notes[visit.step]
+                if note is None:
+                    walk.cotangent, by_weight = visit.map.vjp(visit.state, walk.cotangent)
+                else:
+                    walk.cotangent, by_weight, gain = own.backwards(visit, walk.cotangent, note)
+                    back.correction.index_add_(0, note.spots, -gain.double())
+                walk.influence.index_add_(0, visit.map.samples, -by_weight.double().cpu())
+                walk.step = visit.step
+                keep(lambda: walks.keep_backwards(back))
                 advance(1)
-        return influence, correction.cpu()
+        walks.keep_backwards(back)
 
     def _query_curvature(self, replay: Replay, basis: Basis) -> Tensor | None:
         """Vᵀ∇²q V in float64, where asked for."""
@@ -231,17 +265,17 @@ class LowRankAccSgdIE(Estimator):
         self,
         replay: Replay,
         samples: Tensor,
-        first: Tensor,
-        correction: Tensor,
+        back: Backwards,
         c: Tensor,
         curve: Tensor | None,
     ) -> Estimate:
         """The figures, ``[n]`` each."""
         params, c = replay.final.state.params, c.double()
+        first = back.walk.influence[samples]
         scale = max(float(dot(params, params).sqrt()), 1e-30)
         figures = {
             "sgd_ie": first,
-            "linear": first + correction,
+            "linear": first + back.correction.cpu(),
             "relative_change": c.norm(dim=1).cpu() / scale,
         }
         influence = figures["linear"]
@@ -253,8 +287,10 @@ class LowRankAccSgdIE(Estimator):
         return Estimate(self.name, samples, influence, trusted, extras=figures)
 
 
-def _check_memory(note: Note, visits: int, budget: int) -> None:
+def _check_memory(note: Note | None, visits: int, budget: int) -> None:
     """Refuse a run whose notes will not fit, once the size of one of them is known."""
+    if note is None:
+        return
     need = visits * note.values[:1].nbytes
     if need > budget:
         raise UnsupportedError(

@@ -11,6 +11,7 @@ the forward walk notes a few numbers for every visit, and the backward walk take
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple, Protocol
 
 import torch
@@ -20,7 +21,13 @@ from lightning_accie.errors import UnsupportedError, first_line
 from lightning_accie.estimators.base import Replay
 from lightning_accie.estimators.basis import Basis
 from lightning_accie.estimators.chunks import activation_bytes, chunk_size
-from lightning_accie.replay.gauss_newton import curved, errors, outputs_along
+from lightning_accie.estimators.jacobians import (
+    FEW,
+    FactoredJacobian,
+    Jacobian,
+    WholeJacobian,
+)
+from lightning_accie.replay.gauss_newton import curved, errors, outputs_along, pulled
 from lightning_accie.replay.state import Params, State, dot
 from lightning_accie.replay.step import MicroLoss
 from lightning_accie.replay.tape import Tape
@@ -50,6 +57,17 @@ class Own(NamedTuple):
     """``[r, r]``: VᵀH_tV, where asked for."""
 
 
+class Back(NamedTuple):
+    """What a step pulls back."""
+
+    cotangent: State
+    """λ_t of SGD-IE."""
+    by_weight: Tensor
+    """``[N]``: γ_t of SGD-IE."""
+    gain: Tensor
+    """``[K]``: ⟨μ_t, H_jVc_j⟩."""
+
+
 class OwnCurvature(Protocol):
     """A way to H_j and H_t."""
 
@@ -57,8 +75,8 @@ class OwnCurvature(Protocol):
         """Compute a step's share of the recursion at c, ``[n, r]``."""
         ...
 
-    def backwards(self, visit: Visit, mu: Params, note: Note) -> Tensor:
-        """⟨μ_t, H_jVc_j⟩, ``[K]``."""
+    def backwards(self, visit: Visit, cotangent: State, note: Note) -> Back:
+        """Pull λ_{t+1} back, as SGD-IE does, and take up what the forward walk has noted."""
         ...
 
 
@@ -127,16 +145,18 @@ class FullHessian:
         step = self._matrix(visit) if matrix else None
         return Own(Note(spots, own), torch.cat(slopes), torch.cat(bends), step)
 
-    def backwards(self, visit: Visit, mu: Params, note: Note) -> Tensor:
+    def backwards(self, visit: Visit, cotangent: State, note: Note) -> Back:
         """See `OwnCurvature`.
 
         Returns:
-            ``[K]`` float64.
+            The gains in float64.
         """
         samples, _ = self._spots.drawn(visit)
+        step, state = visit.map, visit.state
+        mu = step.update.vjp(state, step.gradient_for_vjp(state), cotangent)[1]
         gains = [torch.zeros(0, dtype=torch.float64, device=note.values.device)]
         gains += [-dot(second, mu) for _, second in self._left_out(visit, samples, note.values)]
-        return torch.cat(gains)
+        return Back(*step.vjp(state, cotangent), torch.cat(gains))
 
     def _left_out(
         self, visit: Visit, samples: Tensor, c: Tensor
@@ -162,8 +182,10 @@ class FullHessian:
 class GaussNewton:
     """Everything from derivatives of the network's outputs; see `replay.gauss_newton`.
 
-    A step takes r of them on the forward walk and one on the backward walk, however many samples it
-    draws.
+    Their Jacobian times V takes r backward passes a step on the forward walk, however many samples it
+    draws. Where a layer is applied at many positions (a convolution), what is needed of it is found by
+    the layers' factors instead, and the whole of it only for VᵀH_tV. On the backward walk a step's one
+    derivative comes with SGD-IE's own pass.
 
     Args:
         replay: the run.
@@ -173,8 +195,10 @@ class GaussNewton:
 
     def __init__(self, replay: Replay, spots: Spots, basis: Basis) -> None:
         self._spots, self._basis = spots, basis
-        room = replay.memory_budget // max(1, _COPIES * activation_bytes(replay))
+        self._budget = replay.memory_budget
+        room = self._budget // max(1, _COPIES * activation_bytes(replay))
         self._rows = max(1, room) if replay.walker.vectorize else 1
+        self._factored: dict[tuple[str, ...], bool] = {}
 
     def forwards(self, visit: Visit, c: Tensor, *, matrix: bool) -> Own:
         """See `OwnCurvature`; the note is S_jJ_jVc_j.
@@ -185,15 +209,17 @@ class GaussNewton:
         found = []
         total = c.new_zeros(self._basis.rank, self._basis.rank) if matrix else None
         for loss in visit.map.losses:
-            tape, spots = taped(loss, visit), self._spots.of(loss.samples)
-            along = outputs_along(tape, self._basis.directions, rows=self._rows)
-            if total is not None:
+            spots = self._spots.of(loss.samples)
+            tape, jacobian = self._jacobian(visit, loss, whole=matrix)
+            own = torch.where(spots[:, None] >= 0, c[spots], 0.0)
+            if total is None:
+                pushed = curved(tape, jacobian.along(own)[None], rows=1)[0]
+            else:
+                along = jacobian.whole()
                 bent = curved(tape, along, rows=self._rows)
                 total += along.flatten(1) @ bent.flatten(1).T
-            own = torch.where(spots[:, None] >= 0, c[spots], 0.0)
-            moved = (along * own.T.unsqueeze(2)).sum(0)  # J_jVc_j
-            pushed = curved(tape, moved[None], rows=1)[0]
-            slope, bend = (along * errors(tape)).sum(2).T, (along * pushed).sum(2).T
+                pushed = WholeJacobian(bent).along(own)
+            slope, bend = jacobian.back(errors(tape)), jacobian.back(pushed)
             found.append((spots, pushed, slope, bend))
         spots, pushed, slope, bend = (torch.cat(parts) for parts in zip(*found, strict=True))
         kept = spots >= 0
@@ -201,23 +227,54 @@ class GaussNewton:
             spots, pushed, slope, bend = (v[kept] for v in (spots, pushed, slope, bend))
         return Own(Note(spots, pushed), slope, bend, total)
 
-    def backwards(self, visit: Visit, mu: Params, note: Note) -> Tensor:
-        """See `OwnCurvature`.
+    def _jacobian(self, visit: Visit, loss: MicroLoss, *, whole: bool) -> tuple[Tape, Jacobian]:
+        """J_jV in the cheaper way, which is the same to rounding, and a tape of the outputs."""
+        used = visit.map.used
+        if used not in self._factored:
+            self._factored[used] = all(self._has_factors(visit, one) for one in visit.map.losses)
+        if self._factored[used]:
+            factored = FactoredJacobian(loss, self._basis, self._rows)
+            if not whole:
+                return factored.tape, factored
+            if factored.outputs <= self._basis.rank:  # as many passes as outputs, or as directions
+                return factored.tape, WholeJacobian(factored.whole())
+        tape = taped(loss, visit)
+        along = outputs_along(tape, self._basis.directions, rows=self._rows)
+        return tape, WholeJacobian(along)
+
+    def _has_factors(self, visit: Visit, loss: MicroLoss) -> bool:
+        """Whether J_jV by factors is cheaper, fits, and gives the samples' gradients."""
+        found = FactoredJacobian(loss, self._basis, self._rows)
+        cheaper = found.positions > FEW and found.names >= set(visit.map.used)
+        if not cheaper or found.nbytes > self._budget:
+            return False
+        ones = loss.ones()
+        generator = torch.Generator().manual_seed(0)
+        weights = torch.randn(len(ones), generator=generator, dtype=torch.float64).to(ones)
+        one = replace(visit.map, losses=[loss])
+        exact = self._basis.project(one.gradients(visit.state.params, weights[None]))[0]
+        mixed = weights.to(exact) @ found.back(errors(taped(loss, visit)))
+        tolerance = loss.program.analysis.tolerances.gradient  # type: ignore[attr-defined]
+        return float((mixed - exact).norm()) <= tolerance * float(exact.norm())
+
+    def backwards(self, visit: Visit, cotangent: State, note: Note) -> Back:
+        """See `OwnCurvature`; one backward pass gives SGD-IE's product and J_jμ_t.
 
         Returns:
-            ``[K]``.
+            The gains.
         """
-        direction = {name: value[None] for name, value in mu.items()}
-        found = []
-        for loss in visit.map.losses:
-            tape = taped(loss, visit)
-            if (
-                len(visit.map.losses) == 1
-            ):  # `StepMap.vjp` then uses it up; else one graph at a time
-                loss.tape = tape
-            along = outputs_along(tape, direction, rows=1)[0]
-            found.append(along[self._spots.of(loss.samples) >= 0])
-        return (torch.cat(found) * note.values).sum(1)
+        step, state = visit.map, visit.state
+        back, mu = step.update.vjp(state, step.gradient_for_vjp(state), cotangent)
+        params, nu = dict(back.params), back.statistics
+        by_weight, along = [], []
+        for loss in reversed(step.losses):
+            (product, gamma, nu), moved = pulled(taped(loss, visit), mu, nu)
+            for name, value in product.items():
+                params[name] = params[name] + value
+            by_weight.append(gamma)
+            along.append(moved[self._spots.of(loss.samples) >= 0])
+        gain = (torch.cat(along[::-1]) * note.values).sum(1)
+        return Back(State(params, back.slots, nu), torch.cat(by_weight[::-1]), gain)
 
 
 def taped(loss: MicroLoss, visit: Visit) -> Tape:

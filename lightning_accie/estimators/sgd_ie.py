@@ -39,7 +39,7 @@ KEEP_EVERY = 60.0
 
 
 @dataclass
-class _Walk:
+class WalkBack:
     """How far a backward walk has come.
 
     Attributes:
@@ -53,6 +53,11 @@ class _Walk:
     influence: Tensor
 
     def tensors(self) -> dict[str, Tensor]:
+        """Describe it, to be kept.
+
+        Returns:
+            Tensors by name.
+        """
         return {
             "step": torch.tensor(self.step),
             "influence": self.influence.clone(),  # the walk goes on adding to it
@@ -65,9 +70,31 @@ class _Walk:
             **{f"statistics/{name}": value for name, value in self.cotangent.statistics.items()},
         }
 
+    @classmethod
+    def begun(cls, replay: Replay, names: Collection[str] | None = None) -> WalkBack:
+        """Begin at the end of the run.
+
+        Args:
+            replay: the run and the query.
+            names: the parameters to follow; None for all.
+
+        Returns:
+            The walk.
+        """
+        influence = torch.zeros(replay.span, dtype=torch.float64)
+        return cls(len(replay.walker), at_the_end(replay, names), influence)
+
     @staticmethod
-    def of(kept: Mapping[str, Tensor], like: State) -> _Walk:
-        """Read `tensors`, in the order that ``like`` has."""
+    def of(kept: Mapping[str, Tensor], like: State) -> WalkBack:
+        """Read `tensors`.
+
+        Args:
+            kept: what it gave.
+            like: a state of the run, whose order the cotangent is to have.
+
+        Returns:
+            The walk.
+        """
         leaf = next(iter(like.params.values()))
 
         def read(name: str) -> Tensor:
@@ -81,7 +108,7 @@ class _Walk:
             },
             {name: read(f"statistics/{name}") for name in like.statistics},
         )
-        return _Walk(int(kept["step"]), cotangent, kept["influence"].clone())
+        return WalkBack(int(kept["step"]), cotangent, kept["influence"].clone())
 
 
 def at_the_end(replay: Replay, names: Collection[str] | None = None) -> State:
@@ -190,15 +217,14 @@ class SgdIE(Estimator):
         step = visit.map
         return (step.vjp if self.curvature else step.vjp_without_curvature)(visit.state, cotangent)
 
-    def _resumed(self, replay: Replay, names: Collection[str] | None) -> _Walk | None:
+    def _resumed(self, replay: Replay, names: Collection[str] | None) -> WalkBack | None:
         """Where an earlier analysis was when it was killed."""
         like = replay.final.state.only(names)
-        walks = [_Walk.of(kept, like) for kept in replay.kept.parts(self.key)]
+        walks = [WalkBack.of(kept, like) for kept in replay.kept.parts(self.key)]
         return min(walks, key=lambda walk: walk.step, default=None)
 
-    def _begun(self, replay: Replay, names: Collection[str] | None) -> _Walk:
-        influence = torch.zeros(replay.span, dtype=torch.float64)
-        return _Walk(len(replay.walker), at_the_end(replay, names), influence)
+    def _begun(self, replay: Replay, names: Collection[str] | None) -> WalkBack:
+        return WalkBack.begun(replay, names)
 
     def probe(self, visit: Visit) -> None:
         """Pull a cotangent back through one step."""

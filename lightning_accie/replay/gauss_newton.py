@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_accie.replay.state import Params
-from lightning_accie.replay.tape import Tape
+from lightning_accie.replay.tape import Pulled, Tape
 
 
 def outputs_along(tape: Tape, directions: Params, *, rows: int) -> Tensor:
@@ -33,7 +33,22 @@ def outputs_along(tape: Tape, directions: Params, *, rows: int) -> Tensor:
     pairs = [(g, directions[name]) for name, g in tape.grads.items() if g.requires_grad]
     gradients, vectors = zip(*pairs, strict=True)
     with tape.held():
-        return _by_sample(tape, _many(gradients, tape.errors, vectors, rows))
+        return by_sample(tape, _many(gradients, tape.errors, vectors, rows))
+
+
+def pulled(tape: Tape, mu: Params, nu: Params) -> tuple[Pulled, Tensor]:
+    """SGD-IE's product of a micro-batch, and J times μ by the same backward pass.
+
+    Args:
+        tape: a micro-batch's gradient with the graph, which is used up.
+        mu: μ by parameter name.
+        nu: ν by name, for the running statistics.
+
+    Returns:
+        What `Tape.product` gives, and Jμ, ``[B, D]``.
+    """
+    product, moved = tape.product_and_outputs(mu, nu)
+    return product, by_sample(tape, [value[None] for value in moved])[0]
 
 
 def curved(tape: Tape, along: Tensor, *, rows: int) -> Tensor:
@@ -47,12 +62,9 @@ def curved(tape: Tape, along: Tensor, *, rows: int) -> Tensor:
     Returns:
         ``[K, B, D]``; c_m and 1/|m| are in S.
     """
-    sizes = [one.value.numel() // one.batch for one in tape.outputs]
-    parts = zip(tape.outputs, along.split(sizes, -1), strict=True)
-    vectors = [one.from_rows(part).to(one.value) for one, part in parts]
     values = [one.value for one in tape.outputs]
     with tape.held():
-        return _by_sample(tape, _many(tape.errors, values, vectors, rows))
+        return by_sample(tape, _many(tape.errors, values, shaped(tape, along), rows))
 
 
 def errors(tape: Tape) -> Tensor:
@@ -64,14 +76,37 @@ def errors(tape: Tape) -> Tensor:
     Returns:
         ``[B, D]``; c_m and 1/|m| are in it.
     """
-    return _by_sample(tape, [error.detach()[None] for error in tape.errors])[0]
+    return by_sample(tape, [error.detach()[None] for error in tape.errors])[0]
 
 
-def _by_sample(tape: Tape, values: Sequence[Tensor]) -> Tensor:
-    """``[K, B, D]`` from the losses' own shapes."""
+def by_sample(tape: Tape, values: Sequence[Tensor]) -> Tensor:
+    """Bring what has the shapes of the outputs into rows, one a sample.
+
+    Args:
+        tape: whose outputs.
+        values: for each of the outputs, K of its shape stacked.
+
+    Returns:
+        ``[K, B, D]``, in 32 bits at least.
+    """
     rows = [one.rows(value) for one, value in zip(tape.outputs, values, strict=True)]
     whole = rows[0] if len(rows) == 1 else torch.cat(rows, -1)
     return whole.to(torch.promote_types(whole.dtype, torch.float32))
+
+
+def shaped(tape: Tape, rows: Tensor) -> list[Tensor]:
+    """Undo `by_sample`.
+
+    Args:
+        tape: whose outputs.
+        rows: ``[K, B, D]``.
+
+    Returns:
+        For each of the outputs, K of its shape and type stacked.
+    """
+    sizes = [one.value.numel() // one.batch for one in tape.outputs]
+    parts = zip(tape.outputs, rows.split(sizes, -1), strict=True)
+    return [one.from_rows(part).to(one.value) for one, part in parts]
 
 
 def _many(

@@ -174,6 +174,22 @@ class Tape:
         """
         return self._named(self._pull(*self._along(mu, nu or {})))
 
+    def product_and_outputs(self, mu: Params, nu: Params) -> tuple[Pulled, Sequence[Tensor]]:
+        """The same, and by the same backward pass Jμ, how the outputs move along μ.
+
+        ⟨μ, ∇_θ L⟩ = ⟨Jμ, e⟩ is linear in the errors e, and what is differentiated goes through them.
+
+        Args:
+            mu: μ by parameter name.
+            nu: ν by name.
+
+        Returns:
+            What `product` gives; and Jμ, of each of ``outputs`` in its own shape.
+        """
+        found = self._pull(*self._along(mu, nu), also=self.errors)
+        rest = len(found) - len(self.errors)
+        return self._named(found[:rest]), found[rest:]
+
     def products(self, along: Sequence[tuple[Params, Params]], *, batched: bool) -> list[Pulled]:
         """The same for several (μ, ν); the graph is used up.
 
@@ -202,9 +218,13 @@ class Tape:
         return [value for value, _ in outputs], [weight for _, weight in outputs]
 
     def _pull(
-        self, values: Sequence[Tensor], along: Sequence[Tensor], **options: bool
+        self,
+        values: Sequence[Tensor],
+        along: Sequence[Tensor],
+        also: Sequence[Tensor] = (),
+        **options: bool,
     ) -> Sequence[Tensor]:
-        inputs = [self.weights, *self.inputs.values(), *self.statistics.values()]
+        inputs = [self.weights, *self.inputs.values(), *self.statistics.values(), *also]
         with self.held():
             return torch.autograd.grad(values, inputs, along, materialize_grads=True, **options)
 
