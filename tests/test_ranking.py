@@ -97,6 +97,7 @@ def test_what_a_walk_holds_is_what_was_announced(
     assert walk.steps == 24
     assert walk.passes > 1
     assert 0 < walk.nbytes <= 6_000
+    assert replay.walker.passes() == walk.passes
     forwards = 0
     advance = replay.walker._advance
 

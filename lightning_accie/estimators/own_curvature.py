@@ -19,7 +19,7 @@ from torch import Tensor
 from lightning_accie.errors import UnsupportedError, first_line
 from lightning_accie.estimators.base import Replay
 from lightning_accie.estimators.basis import Basis
-from lightning_accie.estimators.chunks import activation_bytes, chunk_size
+from lightning_accie.estimators.chunks import chunk_size
 from lightning_accie.replay.gauss_newton import curved, errors, outputs_along
 from lightning_accie.replay.state import Params, State, dot
 from lightning_accie.replay.step import MicroLoss
@@ -173,7 +173,7 @@ class GaussNewton:
 
     def __init__(self, replay: Replay, spots: Spots, basis: Basis) -> None:
         self._spots, self._basis = spots, basis
-        room = replay.memory_budget // max(1, _COPIES * activation_bytes(replay))
+        room = replay.memory_budget // max(1, _COPIES * replay.walker.graph_bytes())
         self._rows = max(1, room) if replay.walker.vectorize else 1
 
     def forwards(self, visit: Visit, c: Tensor, *, matrix: bool) -> Own:

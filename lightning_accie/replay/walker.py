@@ -132,6 +132,7 @@ class Walker:
         self._tapes: bool | None = None
         self._tape_bytes = 0
         self._bytes: int | None = None
+        self._graph_bytes: int | None = None
         self._checkpoints = frozenset(trajectory.checkpoint_steps)
         resumed = header.get("resumed", ())
         self._new_buffers: dict[int, Mapping[str, Tensor] | None] = {
@@ -274,6 +275,39 @@ class Walker:
         twin = copy(self)
         twin._tapes = False
         return twin
+
+    def within(self, memory_budget: int) -> Walker:
+        """Look at the same run with less room, where other things share it.
+
+        Args:
+            memory_budget: bytes that stored states may take, if they may not take less already.
+
+        Returns:
+            A walker with that room.
+        """
+        twin = copy(self)
+        twin.memory_budget = min(self.memory_budget, memory_budget)
+        return twin
+
+    def least_bytes(self) -> int:
+        """Tell what `backwards` cannot do without.
+
+        Returns:
+            The bytes of two states.
+        """
+        return LEAST_ROOM * self._snapshot_bytes()
+
+    def graph_bytes(self) -> int:
+        """Measure what the graph of one step's losses holds, at the first that has any.
+
+        Returns:
+            The bytes.
+        """
+        if self._graph_bytes is None:
+            losses = self.first_loss().map.losses
+            held = (saved_bytes(partial(loss.bound, loss.ones(), {})) for loss in losses)
+            self._graph_bytes = sum(held)
+        return self._graph_bytes
 
     def passes(self) -> float:
         """Count how often `backwards` runs each step forwards, in the mean.
@@ -418,10 +452,11 @@ class Walker:
             Whether the walk keeps the graphs. Each saves running its step once more, and takes the
             room of states, for want of which steps are run again.
         """
+        as_recorded = self.program.analysis == self.program.recorded
+        if not as_recorded or self.product != "double-backward":
+            return False
         if self._tapes is None:
-            as_recorded = self.program.analysis == self.program.recorded
-            double = self.product == "double-backward"
-            self._tapes = as_recorded and double and self._tapes_match()
+            self._tapes = self._tapes_match()
         if not self._tapes:
             return False
         states, steps = self._snapshot_bytes(), len(self)
