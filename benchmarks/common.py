@@ -104,6 +104,27 @@ def seconds(action: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+def resident_bytes() -> int:
+    """The resident memory of this process; on Linux."""
+    return _status("VmRSS")
+
+
+def peak_bytes() -> int:
+    """The most that was resident since `forget_peak`, or since the process began; on Linux."""
+    return _status("VmHWM")
+
+
+def forget_peak() -> None:
+    """Begin `peak_bytes` anew."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def _status(key: str) -> int:
+    found = re.search(rf"{key}:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return 1024 * int(found.group(1))
+
+
 def quieten() -> None:
     """Keep Lightning's advice out of the output."""
     warnings.filterwarnings("ignore")

@@ -22,13 +22,20 @@ from lightning_accie.data import set_up, training_loaders, validation_loaders
 from lightning_accie.described import Describe, described
 from lightning_accie.embeddings import Ask, EmbeddingStore
 from lightning_accie.errors import QueryError, TrajectoryError
-from lightning_accie.estimators import AccSgdIE, Estimator, SgdIE, resolve_estimator
+from lightning_accie.estimators import (
+    AccSgdIE,
+    Estimator,
+    LeaveOneOut,
+    SgdIE,
+    resolve_estimator,
+)
 from lightning_accie.estimators.base import Alone, NoProgress, Progress, Replay, Unasked
 from lightning_accie.estimators.dvemb import EmbeddingEstimator
 from lightning_accie.estimators.layers import Layers, layers_to_json
 from lightning_accie.estimators.losses import training_losses
 from lightning_accie.estimators.measure import Ladder, choose_ways
 from lightning_accie.estimators.per_query import check_per_query
+from lightning_accie.estimators.room import divided
 from lightning_accie.explanation import Explanation, explain, one_by_one
 from lightning_accie.groups import Groups, GroupScores, group_scores, members_of
 from lightning_accie.launch import launch
@@ -327,6 +334,9 @@ class InfluenceEngine:
         with random_state.isolated(self._cuda), torch.compiler.set_stance("force_eager"):
             replay = self._replay(query, query_dataloader, at)
             value = self._finite(replay)
+            used = [SgdIE(layers) if chosen is None else chosen]
+            used += [LeaveOneOut()] if verify or chosen is None else []
+            replay = divided(replay, self.memory_budget, used)
             ladder = choose_ways(replay)
             tell = rank_zero_info if ladder.reasons else rank_zero_debug
             tell(f"Influence analysis: {ladder.sentence()}")
@@ -408,6 +418,8 @@ class InfluenceEngine:
             if not queries:
                 raise QueryError("The DataLoader given to `explain` has no batch.")
             self._finite(replay)
+            used = [chosen, *([LeaveOneOut()] if verify else [])]
+            replay = divided(replay, self.memory_budget, used)
             replay.query.gradient(
                 replay.final.state.visible
             )  # one sample may have no slope, not all
@@ -460,6 +472,8 @@ class InfluenceEngine:
             length = sum(sizes) if sizes and all(sizes) else None
             names, sets = members_of(groups, replay, self.sample, length)
             self._finite(replay)
+            used = [SgdIE(), *([AccSgdIE()] if acc else []), *([LeaveOneOut()] if exact else [])]
+            replay = divided(replay, self.memory_budget, used)
             choose_ways(replay)
             for estimator in (SgdIE(), *([AccSgdIE()] if acc else [])):
                 check_derivatives(estimator.probe, replay.walker.first_loss())

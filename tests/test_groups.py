@@ -15,7 +15,6 @@ from torch.utils.data import DataLoader
 
 from lightning_accie import GroupScores, InfluenceCallback, InfluenceEngine, InfluenceScores
 from lightning_accie.agreement import linear_datamodelling_score
-from lightning_accie.estimators import sets as room
 from tests.problems import (
     Classifier,
     Regressor,
@@ -79,7 +78,9 @@ def test_exact_is_training_without_the_group(
 ) -> None:
     run = Run(tmp_path, Classifier(smooth_net(), configure), accumulate_grad_batches=accumulate)
     whole = run.without([])
-    monkeypatch.setattr(room, "chunk_size", lambda *args: 3)  # several chunks, in another order
+    monkeypatch.setattr(
+        "lightning_accie.estimators.chunks.chunk_size", lambda *args: 3
+    )  # several chunks, in another order
     found = run.engine.groups(GROUPS)
     effects = [run.without(members) - whole for members in MEMBERS]
     truth = torch.tensor(effects, dtype=torch.float64)

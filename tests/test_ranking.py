@@ -91,12 +91,13 @@ def test_what_a_walk_holds_is_what_was_announced(
         classification(11),
     )
     assert measure_walk(engine.replay("val_loss"), SgdIE()).passes == 1
-    engine._walker.memory_budget = 20_000
+    engine._walker.memory_budget = 6_000
     replay = engine.replay("val_loss")
     walk = measure_walk(replay, SgdIE())
     assert walk.steps == 24
     assert walk.passes > 1
-    assert 0 < walk.nbytes <= 20_000
+    assert 0 < walk.nbytes <= 6_000
+    assert replay.walker.passes() == walk.passes
     forwards = 0
     advance = replay.walker._advance
 

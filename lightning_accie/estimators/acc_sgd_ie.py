@@ -65,7 +65,8 @@ class AccSgdIE(ChunkedEstimator):
     """
 
     name = "acc-sgd-ie"
-    copies = 10
+    copies = 12
+    graphs = 7
     title = "ACC-SGD-IE of {} samples"
 
     def __init__(

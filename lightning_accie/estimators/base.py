@@ -265,6 +265,17 @@ class Estimator(ABC):
         there; torch's own error (RuntimeError, NotImplementedError) says which.
         """
 
+    def least_bytes(self, replay: Replay) -> int:
+        """Count what the estimator cannot do without, of `Replay.memory_budget`.
+
+        Args:
+            replay: the run.
+
+        Returns:
+            The bytes; 0 for one that sees to that itself.
+        """
+        return 0
+
     def settings(self) -> dict[str, Any]:
         """Describe the settings for reports.
 

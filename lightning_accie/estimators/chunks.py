@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +24,6 @@ from lightning_accie.estimators.kept import Collected
 from lightning_accie.estimators.layers import Layers
 from lightning_accie.estimators.sgd_ie import SgdIE
 from lightning_accie.replay.state import State
-from lightning_accie.replay.tape import saved_bytes
 
 _CACHE_FRIENDLY = 2**22
 """Beyond this many numbers in a chunk's parameters, a larger chunk only misses the caches."""
@@ -67,6 +65,10 @@ class ChunkedEstimator(Estimator):
 
     copies: int
     """How many states' worth of memory one sample takes while it is worked on."""
+    graphs: int
+    """How many steps' activations it takes besides."""
+    beside = 0
+    """How many more are carried in every chunk."""
     layers: Layers = None
     """Those that are followed, where the estimator follows some only."""
     title: str
@@ -205,36 +207,53 @@ class ChunkedEstimator(Estimator):
         """
         order = torch.argsort(replay.first[replay.positions(samples)], stable=True)
         share = -(-len(samples) // replay.team.size)
-        size = chunk_size(replay, self.copies, self.carried(replay))
-        return samples[order].split(min(share, size))
+        return samples[order].split(min(share, self.at_once(replay)))
+
+    def at_once(self, replay: Replay) -> int:
+        """Bound a chunk.
+
+        Args:
+            replay: the run.
+
+        Returns:
+            The number of samples, or sets of them, to carry at once, at least 1.
+        """
+        return chunk_size(replay, self.copies, self.carried(replay), self.graphs, self.beside)
+
+    def least_bytes(self, replay: Replay) -> int:
+        """What a chunk of one sample takes.
+
+        Args:
+            replay: the run.
+
+        Returns:
+            The bytes.
+        """
+        each = _bytes_of_one(replay, self.copies, self.carried(replay), self.graphs)
+        return (1 + self.beside) * each
 
 
-def chunk_size(replay: Replay, copies: int, carried: State | None = None) -> int:
+def chunk_size(
+    replay: Replay, copies: int, carried: State | None = None, graphs: int = 2, beside: int = 0
+) -> int:
     """Bound a chunk by the memory budget, and by what vectorising gains.
 
     Args:
         replay: the run.
         copies: how many states' worth of memory one sample takes while it is worked on.
         carried: what is carried for one sample; by default a state of the run.
+        graphs: how many steps' activations it takes besides.
+        beside: how many more are carried with them.
 
     Returns:
         The number of samples to carry at once, at least 1.
     """
     state = replay.final.state if carried is None else carried
     numbers = sum(value.numel() for value in state.params.values())
-    per_sample = copies * state.nbytes() + 2 * activation_bytes(replay)
-    fits = replay.memory_budget // max(1, per_sample)
+    fits = replay.memory_budget // _bytes_of_one(replay, copies, state, graphs) - beside
     return max(1, min(fits, _CACHE_FRIENDLY // max(1, numbers), _LARGEST))
 
 
-def activation_bytes(replay: Replay) -> int:
-    """Measure what one step's graph holds, at the first step.
-
-    Args:
-        replay: the run.
-
-    Returns:
-        The bytes.
-    """
-    visit = replay.walker.first_loss()
-    return sum(saved_bytes(partial(loss.bound, loss.ones(), {})) for loss in visit.map.losses)
+def _bytes_of_one(replay: Replay, copies: int, carried: State, graphs: int) -> int:
+    """What one sample of a chunk takes."""
+    return max(1, copies * carried.nbytes() + graphs * replay.walker.graph_bytes())

@@ -24,6 +24,7 @@ cotangents λ of k queries, one for each coordinate, which go back as in SGD-IE.
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ from lightning_accie.replay.update_rules import SGD, optimizer_of, shortcut
 from lightning_accie.replay.walker import Visit
 
 _PROBE_BYTES = 2**30
-_MATRICES = 4
+_MATRICES = 8
 """How many matrices of k² numbers a step of the walk holds."""
 
 
@@ -150,7 +151,8 @@ class EmbeddingEstimator(Estimator):
                 f"{replay.memory_budget / 1e6:.0f} MB for them. Raise `memory_budget=`, or take a "
                 "smaller `dimension=` or fewer `layers=`."
             )
-        rest = max(1, replay.memory_budget - need)
+        rest = max(1, (replay.memory_budget - need) // 2)  # half for a step, half for the walk
+        replay = replace(replay, walker=replay.walker.within(rest))
         gradients = ProjectedGradients(projection, self.curvature, rest)
         if first is not None:
             _check(first)

@@ -35,6 +35,8 @@ class LeaveOneOut(ChunkedEstimator):
 
     name = "leave-one-out"
     copies = 8
+    graphs = 4
+    beside = 1
     title = "exact replay of {} samples"
 
     def found(self, replay: Replay, samples: Tensor, figures: Mapping[str, Tensor]) -> Estimate:

@@ -19,6 +19,7 @@ query adds.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -52,6 +53,7 @@ from lightning_accie.estimators.sgd_ie import (
     SgdIE,
     WalkBack,
     no_larger_than_the_run,
+    pull_bytes,
 )
 from lightning_accie.estimators.sketch import sketched
 from lightning_accie.replay.state import dot
@@ -147,6 +149,7 @@ class LowRankAccSgdIE(Estimator):
         through = self.curvature == "hessian"
         basis = walks.basis(lambda: sketched(replay, self.rank, self.seed, through=through))
         curve = self._query_curvature(replay, basis)
+        replay = _shared(replay, basis)
         way = FullHessian if self.curvature == "hessian" else GaussNewton
         own: OwnCurvature = way(replay, Spots(replay, samples), basis)
         kept = Kept()
@@ -285,6 +288,12 @@ class LowRankAccSgdIE(Estimator):
         trusted = influence.isfinite() & (figures["relative_change"] <= BLOW_UP)
         trusted &= no_larger_than_the_run(replay, first)
         return Estimate(self.name, samples, influence, trusted, extras=figures)
+
+
+def _shared(replay: Replay, basis: Basis) -> Replay:
+    """The room that V and λ leave: half of it for states, a quarter each for notes and directions."""
+    rest = max(0, replay.memory_budget - basis.rows.nbytes - pull_bytes(replay))
+    return replace(replay, walker=replay.walker.within(rest // 2), memory_budget=rest // 4)
 
 
 def _check_memory(note: Note | None, visits: int, budget: int) -> None:

@@ -10,10 +10,10 @@ from functools import partial
 import torch
 
 from lightning_accie.errors import first_line
+from lightning_accie.estimators.acc_sgd_ie import AccSgdIE
 from lightning_accie.estimators.base import Replay
-from lightning_accie.estimators.chunks import chunk_size
 from lightning_accie.estimators.layers import Layers, followed
-from lightning_accie.estimators.sgd_ie import SgdIE
+from lightning_accie.estimators.sgd_ie import SgdIE, walker_of
 from lightning_accie.replay.part import part_of
 from lightning_accie.replay.state import Params, stack, zeros_like
 from lightning_accie.replay.step import TANGENTS
@@ -155,12 +155,12 @@ def _agree(one: Params, other: Params, tolerance: float) -> bool:
 def _maps(ladder: Ladder, replay: Replay) -> bool:
     """Whether `torch.func.vmap` takes the module's training and validation steps."""
     visit = replay.walker.first_loss()
-    both = stack(visit.state, 2)
+    one = stack(visit.state, 1)
 
     def side_by_side() -> None:
-        replace(visit.map, vectorize=True).advance_many(both, replay.samples[:1].repeat(2))
+        replace(visit.map, vectorize=True).advance_many(one, replay.samples[:1])
         replay.query.vectorize = True
-        replay.query.values(both.visible)
+        replay.query.values(one.visible)
 
     return ladder.tries("side by side", side_by_side)
 
@@ -169,8 +169,8 @@ def _choose_tangents(ladder: Ladder, replay: Replay) -> None:
     """The first way to push tangents that the module's operators allow."""
     walker = replay.walker
     visit = walker.first_loss()
-    still = zeros_like(visit.state, batch=2)
-    removed = replay.samples[:1].repeat(2)
+    still = zeros_like(visit.state, batch=1)
+    removed = replay.samples[:1]
     if not visit.map.transforms:
         walker.tangents = "double-backward"
         return
@@ -228,7 +228,7 @@ def measure_walk(replay: Replay, estimator: SgdIE) -> Walk:
     Returns:
         What it takes.
     """
-    walker = replay.walker
+    walker = walker_of(replay)
     steps, passes = len(walker), walker.passes()
     visit = walker.first_loss()
     part = part_of(visit, followed(estimator.layers, visit.trainable))
@@ -250,7 +250,7 @@ def measure_prices(replay: Replay, layers: Layers = None) -> Prices:
         The prices.
     """
     visit = replay.walker.first_loss()
-    size = min(_ROWS, len(replay.samples), chunk_size(replay, 10))
+    size = min(_ROWS, len(replay.samples), AccSgdIE(layers=layers).at_once(replay))
     removed = replay.samples[:size]
     part = part_of(visit, followed(layers, visit.trainable))
     tangents = zeros_like(part.state, batch=size)

@@ -20,7 +20,7 @@ from torch import Tensor
 from lightning_accie.errors import UnsupportedError, first_line
 from lightning_accie.estimators.base import Replay
 from lightning_accie.estimators.basis import Basis
-from lightning_accie.estimators.chunks import activation_bytes, chunk_size
+from lightning_accie.estimators.chunks import chunk_size
 from lightning_accie.estimators.jacobians import (
     FEW,
     FactoredJacobian,
@@ -196,7 +196,7 @@ class GaussNewton:
     def __init__(self, replay: Replay, spots: Spots, basis: Basis) -> None:
         self._spots, self._basis = spots, basis
         self._budget = replay.memory_budget
-        room = self._budget // max(1, _COPIES * activation_bytes(replay))
+        room = replay.memory_budget // max(1, _COPIES * replay.walker.graph_bytes())
         self._rows = max(1, room) if replay.walker.vectorize else 1
         self._factored: dict[tuple[str, ...], bool] = {}
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lightning_accie.errors import UnsupportedError
 from lightning_accie.estimators.base import Estimator, Query, Replay
-from lightning_accie.estimators.chunks import ChunkedEstimator, activation_bytes, choose
+from lightning_accie.estimators.chunks import ChunkedEstimator, choose
 from lightning_accie.estimators.layers import followed, with_names
 from lightning_accie.estimators.sgd_ie import SgdIE, at_the_end, no_larger_than_the_run
 from lightning_accie.replay.many import may_batch, vjp_many
@@ -117,6 +117,7 @@ def _backwards(estimator: SgdIE, replay: Replay, queries: Sequence[Query]) -> Pe
     """One walk for every block of queries, whatever the number of samples."""
     names = followed(estimator.layers, replay.trainable)
     size = _block(replay, replay.final.state.only(names))
+    walker = replay.walker.within(replay.memory_budget // 2)  # the block has the other half
     blocks = [queries[begin : begin + size] for begin in range(0, len(queries), size)]
     title = f"{estimator.name}: every sample, {len(queries)} queries"
     found = []
@@ -125,7 +126,7 @@ def _backwards(estimator: SgdIE, replay: Replay, queries: Sequence[Query]) -> Pe
         for block in blocks:
             cotangents = [at_the_end(replace(replay, query=query), names) for query in block]
             influence = torch.zeros(len(block), replay.span, dtype=torch.float64)
-            for visit in replay.walker.backwards():
+            for visit in walker.backwards():
                 part = part_of(visit, names)
                 if batched is None and len(block) > 1 and part.map.used:
                     batched = may_batch(part.map, part.state, cotangents[:2])
@@ -152,5 +153,5 @@ def _pull(
 
 def _block(replay: Replay, carried: State) -> int:
     """How many queries fit the memory budget."""
-    per_query = 4 * carried.nbytes() + activation_bytes(replay)
-    return max(1, min(LARGEST_BLOCK, replay.memory_budget // max(1, per_query)))
+    per_query = 4 * carried.nbytes() + replay.walker.graph_bytes()
+    return max(1, min(LARGEST_BLOCK, replay.memory_budget // (2 * max(1, per_query))))

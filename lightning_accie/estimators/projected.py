@@ -42,6 +42,10 @@ from lightning_accie.replay.walker import Visit
 CURVATURES = ("fisher", "empirical")
 _COPIES = 6
 """How often what a graph holds is held at once, for each direction that goes through it."""
+_SLOPES = 4
+"""How often the outputs of layers are held at once for each: as slopes, and half projected."""
+_ROWS = 4
+"""How often a step's rows are held at once."""
 _SMALL = 1e-2
 """The part of the whole gradient beside which a parameter's own is rounding."""
 
@@ -183,28 +187,39 @@ class ProjectedGradients:
             tape = _taped(loss, ())
         units = _units(tape.outputs)
         self._check_memory(visit, loss, len(units))
-        rows = self._at_once(visit, loss)
+        rows = self._at_once(visit, loss, calls)
         try:
             bent = curved(tape, units, rows=rows)  # S_i, a row for each output
             error = errors(tape)
-            values = [one.value for one in tape.outputs]
-            given = zip(tape.outputs, units.split(_sizes(tape.outputs), -1), strict=True)
-            vectors = [one.from_rows(part).to(one.value) for one, part in given]
-            with loss.held():
-                parts = self._by_name(calls, values, vectors, rows=rows)
-            parts |= self._own_jacobians(visit, loss, self._others(visit, parts), rows)
+            own = self._own_jacobians(visit, loss, self._others(visit, calls.names()), rows)
+            parts = []
+            for start in range(0, len(units), rows):
+                some = units[start : start + rows]
+                found = self._along_units(tape, calls, some, loss)
+                found |= {name: value[start : start + rows] for name, value in own.items()}
+                parts.append(self._projection.joined(found, some).detach())
         except (RuntimeError, NotImplementedError) as problem:
             raise UnsupportedError(
                 '`curvature="fisher"` does not go with this training_step: '
                 f"{first_line(problem).rstrip('.')}. {_INSTEAD}"
             ) from problem
-        along = self._projection.joined(parts, units).detach()  # [D, B, k]
+        along = torch.cat(parts)  # [D, B, k]
         slopes = torch.einsum("bd,dbk->bk", error.to(along), along)
         pushed = torch.einsum("dbo,dbk->obk", bent.to(along), along)
         shares = slopes.new_full((size,), _share(loss))
         return StepGradients(
             loss.samples, slopes, shares, along.flatten(0, 1), pushed.flatten(0, 1)
         )
+
+    def _along_units(
+        self, tape: Tape, calls: Calls, units: Tensor, loss: MicroLoss
+    ) -> dict[str, Tensor]:
+        """R of the outputs' derivatives, ``[K, B, size]`` for each parameter that the calls make up."""
+        values = [one.value for one in tape.outputs]
+        given = zip(tape.outputs, units.split(_sizes(tape.outputs), -1), strict=True)
+        vectors = [one.from_rows(part).to(one.value) for one, part in given]
+        with loss.held():
+            return self._by_name(calls, values, vectors, rows=len(units))
 
     # ------------------------------------------------------------------ by factors, and without
 
@@ -282,17 +297,19 @@ class ProjectedGradients:
 
     # ------------------------------------------------------------------ memory
 
-    def _at_once(self, visit: Visit, loss: MicroLoss) -> int:
-        """How many directions go through the graph side by side."""
+    def _at_once(self, visit: Visit, loss: MicroLoss, calls: Calls) -> int:
+        """How many directions go through the graph side by side, and are projected."""
         if not visit.map.vectorize or not visit.map.transforms:
             return 1
         if not self._rows:
             held = saved_bytes(lambda: loss.bound(loss.ones(), {}))
-            self._rows = max(1, self._budget // max(1, _COPIES * held))
+            slopes = sum(call.output.nbytes for call in calls.made)
+            each = _COPIES * held + _SLOPES * slopes
+            self._rows = max(1, self._budget // max(1, each))
         return self._rows
 
     def _check_memory(self, visit: Visit, loss: MicroLoss, rows: int) -> None:
-        size = len(loss.samples) * rows * self._projection.size * 2
+        size = len(loss.samples) * rows * self._projection.size * _ROWS
         need = size * next(iter(visit.state.params.values())).element_size()
         if need > self._budget:
             less = (

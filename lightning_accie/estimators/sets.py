@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_accie.estimators.base import Estimate, Replay
-from lightning_accie.estimators.chunks import ChunkedEstimator, chunk_size
+from lightning_accie.estimators.chunks import ChunkedEstimator
 
 
 def leave_out(estimator: ChunkedEstimator, replay: Replay, sets: Tensor) -> Estimate:
@@ -34,8 +34,7 @@ def leave_out(estimator: ChunkedEstimator, replay: Replay, sets: Tensor) -> Esti
     influence = torch.zeros(count, dtype=torch.float64)
     trusted = torch.ones(count, dtype=torch.bool)
     noise = float("nan")
-    size = chunk_size(replay, estimator.copies, estimator.carried(replay))
-    parts = order.split(size) if len(order) else ()
+    parts = order.split(estimator.at_once(replay)) if len(order) else ()
     title = f"{estimator.name} of {count} sets"
     with replay.progress.task(title, len(parts) * len(replay.walker)) as advance:
         for part in parts:

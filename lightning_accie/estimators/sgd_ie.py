@@ -32,7 +32,7 @@ from lightning_accie.estimators.layers import (
 from lightning_accie.replay.part import part_of
 from lightning_accie.replay.state import State, zeros_like
 from lightning_accie.replay.step import StepMap
-from lightning_accie.replay.walker import Visit
+from lightning_accie.replay.walker import Visit, Walker
 
 KEEP_EVERY = 60.0
 """Seconds after which the state of a walk is kept."""
@@ -129,6 +129,30 @@ def at_the_end(replay: Replay, names: Collection[str] | None = None) -> State:
     return State(gradient, zero.slots, statistics)
 
 
+def walker_of(replay: Replay) -> Walker:
+    """The walker with the room that pulling λ back leaves.
+
+    Args:
+        replay: the run.
+
+    Returns:
+        The walker.
+    """
+    return replay.walker.within(replay.memory_budget - pull_bytes(replay))
+
+
+def pull_bytes(replay: Replay) -> int:
+    """What pulling λ back through a step takes: λ, μ, Hμ, their sum, and the graph of the gradient.
+
+    Args:
+        replay: the run.
+
+    Returns:
+        The bytes.
+    """
+    return 6 * replay.final.state.nbytes() + 2 * replay.walker.graph_bytes()
+
+
 def no_larger_than_the_run(replay: Replay, influence: Tensor) -> Tensor:
     """Tell where one sample moves q no further than the whole run did, or than q is from 0.
 
@@ -190,7 +214,7 @@ class SgdIE(Estimator):
         walk = self._resumed(replay, names) or self._begun(replay, names)
         keep = Regularly(KEEP_EVERY)
         with replay.progress.task(self._description(), walk.step) as advance:
-            for visit in replay.walker.backwards(before=walk.step):
+            for visit in walker_of(replay).backwards(before=walk.step):
                 part = part_of(visit, names)
                 walk.cotangent, by_weight = self.pull(part, walk.cotangent)
                 walk.influence.index_add_(0, part.map.samples, -by_weight.double().cpu())
@@ -203,6 +227,17 @@ class SgdIE(Estimator):
         if self.curvature:  # without it sizes mean little
             trusted &= no_larger_than_the_run(replay, values)
         return Estimate(self.name, replay.samples, values, trusted)
+
+    def least_bytes(self, replay: Replay) -> int:
+        """What the walk back holds at the least.
+
+        Args:
+            replay: the run.
+
+        Returns:
+            The bytes, with what pulling λ back through a step takes.
+        """
+        return replay.walker.least_bytes() + pull_bytes(replay)
 
     def pull(self, visit: Visit, cotangent: State) -> tuple[State, Tensor]:
         """Pull λ_{t+1} back through one step.

@@ -52,6 +52,10 @@ class Batches(Protocol):
     ready: bool
     """Whether batches are as ``training_step`` received them, or still before the transfer hooks."""
 
+    def keep(self, nbytes: int) -> None:
+        """Keep so many bytes of batches for when they come again."""
+        ...
+
     def sample_numbers(self, micro: MicroBatch) -> np.ndarray:
         """Number the batch's samples."""
         ...
@@ -115,6 +119,16 @@ class BatchCache:
                 self._held -= self._kept.popitem(last=False)[1].size
         return batch
 
+    def resize(self, limit: int) -> None:
+        """Change the limit.
+
+        Args:
+            limit: how many bytes of batches.
+        """
+        self.limit = limit
+        while self._held > self.limit:
+            self._held -= self._kept.popitem(last=False)[1].size
+
 
 def numbered(pieces: Sequence[Piece], offsets: Sequence[int]) -> np.ndarray:
     """Number a batch's samples: the dataset index, later loaders after earlier ones.
@@ -169,6 +183,10 @@ class BatchSource:
         for loader in self.loaders:
             offsets.append(offsets[-1] + len(loader.dataset))  # type: ignore[arg-type]
         self.offsets = tuple(offsets)
+
+    def keep(self, nbytes: int) -> None:
+        """Keep so many bytes of batches for when they come again."""
+        self._cache.resize(nbytes)
 
     def sample_numbers(self, micro: MicroBatch) -> np.ndarray:
         """Number the batch's samples: the dataset index, later loaders after earlier ones.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -459,6 +460,9 @@ class RecordedLoss:
         self.random = random
         self.rank = micro.rank
         self.samples = torch.from_numpy(program.batches.sample_numbers(micro))
+        # A tape keeps this, and the loss the tape: were it a method, neither would go before the
+        # garbage collector finds them, and the graphs of a whole walk with them.
+        self.held = partial(_held, program)
 
     def functional(
         self, params: Params, weights: Tensor, statistics: Params
@@ -489,15 +493,6 @@ class RecordedLoss:
             return nullcontext(statistics)
         return self.program.statistics.following(statistics, self._turn)
 
-    def held(self, params: Params | None = None) -> AbstractContextManager[None]:
-        """Where a backward pass over it belongs; see `TrainingProgram.held`.
-
-        Returns:
-            A context.
-        """
-        plain = self.program.untransformed is not None
-        return self.program.held(params) if plain else nullcontext()
-
     def ones(self) -> Tensor:
         """The weights of the real run.
 
@@ -506,6 +501,11 @@ class RecordedLoss:
         """
         parameter = next(iter(self.program.parameters.values()))
         return torch.ones(len(self.samples), dtype=parameter.dtype, device=parameter.device)
+
+
+def _held(program: TrainingProgram, params: Params | None = None) -> AbstractContextManager[None]:
+    """Where a backward pass over a loss belongs; see `TrainingProgram.held`."""
+    return program.held(params) if program.untransformed is not None else nullcontext()
 
 
 def _require(loss: Tensor | None, micro: MicroBatch) -> Tensor:

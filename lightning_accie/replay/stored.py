@@ -40,6 +40,10 @@ class StoredSource:
         self._offsets = [0, *accumulate(sizes)]
         self._places: dict[int, list[tuple[int, int]]] | None = None
 
+    def keep(self, nbytes: int) -> None:
+        """Keep so many bytes of batches for when they come again."""
+        self._cache.resize(nbytes)
+
     def sample_numbers(self, micro: MicroBatch) -> np.ndarray:
         """Number the batch's samples, as `BatchSource` does.
 

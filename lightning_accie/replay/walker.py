@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass, field, replace
@@ -16,14 +15,13 @@ from lightning_accie.errors import TrajectoryError, UnsupportedError
 from lightning_accie.replay.fidelity import Fidelity
 from lightning_accie.replay.module import RecordedLoss, TrainingProgram
 from lightning_accie.replay.random_state import Restorable
+from lightning_accie.replay.schedule import LEAST_ROOM, anchors, split, steps_run
 from lightning_accie.replay.state import Params, Slots, State
 from lightning_accie.replay.step import TANGENTS, StepMap, total_gradient
 from lightning_accie.replay.tape import Tape, saved_bytes
 from lightning_accie.replay.update import Clip, Update
 from lightning_accie.replay.update_rules import rule_named
 from lightning_accie.trajectory.records import MicroBatch, RandomState, RecordedSteps, Step
-
-_LEAST_TAPES = 16
 
 
 @dataclass(frozen=True)
@@ -82,8 +80,8 @@ class Kept:
     """What a walk forwards keeps for the walk back, within the memory budget.
 
     Attributes:
-        visits: every step, where all of them fit; else none.
-        anchors: else snapshots from which segments can be run again.
+        visits: the last steps; all of them, where they fit.
+        anchors: snapshots from which the segments before can be run again.
     """
 
     visits: list[Visit] = field(default_factory=list)
@@ -133,6 +131,7 @@ class Walker:
         self._tapes: bool | None = None
         self._tape_bytes = 0
         self._bytes: int | None = None
+        self._graph_bytes: int | None = None
         self._checkpoints = frozenset(trajectory.checkpoint_steps)
         resumed = header.get("resumed", ())
         self._new_buffers: dict[int, Mapping[str, Tensor] | None] = {
@@ -166,15 +165,23 @@ class Walker:
             Every step in order; with ``kept``, with the graphs of its losses where the weighted
             loss has the very gradient that training had.
         """
-        keep_tape = kept is not None and self._keeps_tapes()
+        places = [] if kept is None else anchors(len(self), self._room())
         snapshot = self.start()
         for _ in range(len(self)):
-            visit, following = self._advance(snapshot, keep_tape=keep_tape)
-            if kept is not None:
-                self._keep(kept, visit)
+            last = bool(places) and snapshot.step >= self._last_segment(places)
+            visit, following = self._advance(snapshot, keep_tape=last and self._keeps_tapes())
+            if kept is not None and last:
+                kept.visits.append(visit)
+            elif kept is not None and visit.step in places:
+                kept.anchors.append(visit.snapshot)
             self._rebind(visit)
             yield visit
             snapshot = following
+
+    def _last_segment(self, places: list[int]) -> int:
+        """Where the steps begin that a walk forwards keeps, beside its anchors."""
+        free = self._room() - len(places) + 1
+        return max(places[-1], len(self) - free)
 
     def first_loss(self) -> Visit:
         """Give the first step that has a loss: what ways and prices are tried on.
@@ -197,12 +204,6 @@ class Walker:
             f"`training_step` returned no loss in any of the {len(self)} steps: nothing was trained, "
             "and no sample has any influence. Return the loss."
         )
-
-    def _keep(self, kept: Kept, visit: Visit) -> None:
-        if len(self) <= self._room():
-            kept.visits.append(visit)
-        elif visit.step % _stride(len(self), self._room()) == 0:
-            kept.anchors.append(visit.snapshot)
 
     def final(self) -> Snapshot:
         """Replay to the end of the run, or load its final checkpoint.
@@ -227,13 +228,42 @@ class Walker:
         Yields:
             Every step, the last one first.
         """
-        if kept is not None and kept.visits:
-            yield from self._popped(kept.visits)
-        elif kept is not None and kept.anchors:
-            yield from self._between(kept.anchors, len(self), self._room())
-        else:
-            stop = len(self) if before is None else before
-            yield from self._reversed(self.start(), stop, self._room())
+        kept = Kept(anchors=[self.start()]) if kept is None else kept
+        stop = (len(self) if before is None else before) - len(kept.visits)
+        yield from self._popped(kept.visits)
+        while kept.anchors:
+            visits = self._segment(kept.anchors, stop)
+            stop -= len(visits)
+            yield from self._popped(visits)
+
+    def _segment(self, places: list[Snapshot], stop: int) -> list[Visit]:
+        """Run the last steps before ``stop``, as many as fit, from the last of the anchors.
+
+        Others are added where more than that lie between; one whose steps are all run is taken off.
+
+        Returns:
+            Their visits.
+        """
+        room = self._room()
+        while (rest := stop - places[-1].step) > (free := room - len(places) + 1) > 1:
+            places.append(self._run_to(places[-1], places[-1].step + split(rest, free)))
+        snapshot = places.pop() if rest <= free else self._run_to(places[-1], stop - 1)
+        visits = []
+        while snapshot.step < stop:
+            visit, snapshot = self._advance(snapshot, keep_tape=self._keeps_tapes())
+            visits.append(visit)
+        return visits
+
+    def _run_to(self, snapshot: Snapshot, step: int) -> Snapshot:
+        while snapshot.step < step:
+            snapshot = self._advance(snapshot)[1]
+        return snapshot
+
+    def _popped(self, visits: list[Visit]) -> Iterator[Visit]:
+        while visits:
+            visit = visits.pop()
+            self._rebind(visit)
+            yield visit
 
     def without_tapes(self) -> Walker:
         """Look at the same run for work that differentiates no step's gradient.
@@ -245,13 +275,46 @@ class Walker:
         twin._tapes = False
         return twin
 
+    def within(self, memory_budget: int) -> Walker:
+        """Look at the same run with less room, where other things share it.
+
+        Args:
+            memory_budget: bytes that stored states may take, if they may not take less already.
+
+        Returns:
+            A walker with that room.
+        """
+        twin = copy(self)
+        twin.memory_budget = min(self.memory_budget, memory_budget)
+        return twin
+
+    def least_bytes(self) -> int:
+        """Tell what `backwards` cannot do without.
+
+        Returns:
+            The bytes of two states.
+        """
+        return LEAST_ROOM * self._snapshot_bytes()
+
+    def graph_bytes(self) -> int:
+        """Measure what the graph of one step's losses holds, at the first that has any.
+
+        Returns:
+            The bytes.
+        """
+        if self._graph_bytes is None:
+            losses = self.first_loss().map.losses
+            held = (saved_bytes(partial(loss.bound, loss.ones(), {})) for loss in losses)
+            self._graph_bytes = sum(held)
+        return self._graph_bytes
+
     def passes(self) -> float:
         """Count how often `backwards` runs each step forwards, in the mean.
 
         Returns:
             1 where all states fit into memory, about one more for every level of recomputation.
         """
-        return _steps_run(len(self), self._room()) / max(1, len(self))
+        return steps_run(len(self), self._room()) / max(1, len(self))
 
     def held_bytes(self) -> int:
         """Tell how much `backwards` holds at most, of states and graphs.
@@ -263,7 +326,10 @@ class Walker:
 
     def _room(self) -> int:
         """How many steps fit the budget, each with its snapshot and its tape, if tapes are kept."""
-        return max(4, self.memory_budget // max(1, self._held_a_step()))
+        return self._fitting(self._held_a_step())
+
+    def _fitting(self, each: int) -> int:
+        return max(LEAST_ROOM, self.memory_budget // max(1, each))
 
     def _held_a_step(self) -> int:
         return self._snapshot_bytes() + (self._tape_bytes if self._keeps_tapes() else 0)
@@ -273,39 +339,6 @@ class Walker:
         if self._bytes is None:
             self._bytes = self._advance(self.start())[1].nbytes() if len(self) else 0
         return self._bytes
-
-    def _reversed(self, start: Snapshot, stop: int, room: int) -> Iterator[Visit]:
-        length = stop - start.step
-        if length <= room:
-            visits = []
-            snapshot = start
-            for _ in range(length):
-                visit, snapshot = self._advance(snapshot, keep_tape=self._keeps_tapes())
-                visits.append(visit)
-            yield from self._popped(visits)
-            return
-        stride = _stride(length, room)
-        anchors = [start]
-        snapshot = start
-        while snapshot.step < stop - stride:
-            for _ in range(stride):
-                snapshot = self._advance(snapshot)[1]
-            anchors.append(snapshot)
-        yield from self._between(anchors, stop, room)
-
-    def _between(self, anchors: list[Snapshot], stop: int, room: int) -> Iterator[Visit]:
-        """The segments from each anchor to the next, backwards; the anchors are used up."""
-        rest = max(2, room - _anchors(room))
-        while anchors:
-            anchor = anchors.pop()
-            yield from self._reversed(anchor, stop, rest)
-            stop = anchor.step
-
-    def _popped(self, visits: list[Visit]) -> Iterator[Visit]:
-        while visits:
-            visit = visits.pop()
-            self._rebind(visit)
-            yield visit
 
     def _rebind(self, visit: Visit) -> None:
         self.program.bind(visit.state.params)
@@ -415,16 +448,19 @@ class Walker:
         the first step.
 
         Returns:
-            Whether the forward walk may keep the graphs.
+            Whether the walk keeps the graphs. Each saves running its step once more, and takes the
+            room of states, for want of which steps are run again.
         """
+        as_recorded = self.program.analysis == self.program.recorded
+        if not as_recorded or self.product != "double-backward":
+            return False
         if self._tapes is None:
-            as_recorded = self.program.analysis == self.program.recorded
-            double = self.product == "double-backward"
-            self._tapes = as_recorded and double and self._tapes_match()
-            each = self._snapshot_bytes() + self._tape_bytes
-            if self.memory_budget < _LEAST_TAPES * each:  # better many states than a few tapes
-                self._tapes = False
-        return self._tapes
+            self._tapes = self._tapes_match()
+        if not self._tapes:
+            return False
+        states, steps = self._snapshot_bytes(), len(self)
+        with_tapes, without = self._fitting(states + self._tape_bytes), self._fitting(states)
+        return steps_run(steps, with_tapes) <= steps_run(steps, without) + steps
 
     def _tapes_match(self) -> bool:
         if self.program.tracks_statistics or self.program.writes_buffers:
@@ -550,22 +586,3 @@ def _returned(share: Tensor, micro: MicroBatch) -> Tensor:
     recorded = share.new_tensor(float("nan") if micro.loss is None else micro.loss)
     same = torch.equal(recorded / micro.divisor, share)
     return recorded if same else share * micro.divisor
-
-
-def _stride(length: int, room: int) -> int:
-    """How many steps lie between two anchors."""
-    return math.ceil(length / _anchors(room))
-
-
-def _steps_run(length: int, room: int) -> int:
-    """How many steps `Walker._reversed` runs, for a segment of ``length`` steps."""
-    if length <= room:
-        return length
-    stride, rest = _stride(length, room), max(2, room - _anchors(room))
-    whole, last = divmod(length - 1, stride)  # the last segment has 1 to ``stride`` steps
-    return whole * (stride + _steps_run(stride, rest)) + _steps_run(last + 1, rest)
-
-
-def _anchors(room: int) -> int:
-    """How many of ``room`` snapshots mark the starts of segments; the rest is for one segment."""
-    return max(2, room // 2)

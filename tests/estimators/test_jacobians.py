@@ -250,7 +250,7 @@ def test_where_factors_do_not_tell_it_goes_by_directions(
 def test_where_they_do_not_fit_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     replay = recorded(tmp_path, convolutions())
     counted = Counted(monkeypatch)
-    monkeypatch.setattr("lightning_accie.estimators.own_curvature.activation_bytes", lambda _: 1)
+    monkeypatch.setattr("lightning_accie.replay.walker.Walker.graph_bytes", lambda _: 1)
     small = replace(replay, memory_budget=30_000)
     found = LowRankAccSgdIE(2, refresh_every=1).estimate(small).influence
     assert (counted.along, counted.whole) == (0, 0)

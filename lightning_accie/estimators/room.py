@@ -1,0 +1,54 @@
+"""How a memory budget is divided, and the least that an analysis can do with.
+
+| share | what |
+|---|---|
+| a quarter | batches of the recorded run, kept for when they come again |
+| seven states, two steps' activations | what every analysis holds: s_0, s_T, and the step at hand |
+| the rest | the estimator: states and graphs of a walk back, or samples carried side by side |
+
+Where the estimator cannot do with the rest, fewer batches are kept. The query, whose batches and
+parameter sets take a quarter at most, has it before and after the estimator's work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from math import ceil
+
+from lightning_accie.errors import UnsupportedError
+from lightning_accie.estimators.base import Estimator, Replay
+
+_STATES, _GRAPHS = 7, 2
+"""How many states and steps' activations every analysis holds; `benchmarks/scaling.py` measures it."""
+
+
+def divided(replay: Replay, memory_budget: int, estimators: Sequence[Estimator]) -> Replay:
+    """Give the estimators their room, and the kept batches theirs.
+
+    Args:
+        replay: the run.
+        memory_budget: bytes for all of the analysis.
+        estimators: those that will be used.
+
+    Returns:
+        The run with that room.
+
+    Raises:
+        UnsupportedError: if the budget is too small, with the least that would do.
+    """
+    state, graph = replay.final.state.nbytes(), replay.walker.graph_bytes()
+    fixed = _STATES * state + _GRAPHS * graph
+    needs = {estimator.name: estimator.least_bytes(replay) for estimator in estimators}
+    name = max(needs, key=lambda one: needs[one])
+    if fixed + needs[name] > memory_budget:
+        raise UnsupportedError(
+            f"`memory_budget` is {memory_budget / 1e6:.0f} MB, which is too little for `{name}` on "
+            f"this run. A state (weights, and what the optimiser keeps) takes {state / 1e6:.1f} MB, "
+            f"the graph of a step {graph / 1e6:.1f} MB; the analysis holds several of each. Set "
+            f'`memory_budget="{ceil((fixed + needs[name]) / 1e6)}MB"` or more.'
+        )
+    quarter = memory_budget // 4
+    available = max(memory_budget - quarter - fixed, needs[name])
+    replay.walker.program.batches.keep(min(quarter, memory_budget - fixed - available))
+    return replace(replay, walker=replay.walker.within(available), memory_budget=available)
