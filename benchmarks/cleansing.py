@@ -1,6 +1,6 @@
 """Does the test error fall when the most harmful training samples are dropped?
 
-    python benchmarks/cleansing.py --data DIR [--seeds 10] [--drop 1 3 10 30 100 300 1000]
+    python benchmarks/cleansing.py --data DIR [--seeds 10] [--drop 1 10 100 300 1000]
                                    [--only mnist] [--results FILE] [--publish]
 
 ``DIR`` holds ``mnist.npz`` and ``cifar10_subset.npz``. In each repetition samples are drawn, a network
@@ -87,6 +87,16 @@ PROBLEMS = (
 BATCH = 50
 
 
+class Decaying(Classifier):
+    """Its learning rate falls to zero, in equal steps: where it ends is no longer a matter of chance."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=self.rate)
+        steps = int(self.trainer.estimated_stepping_batches)
+        falling = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": falling, "interval": "step"}}
+
+
 def read(folder: Path, problem: Problem, seed: int) -> tuple[Dataset[Any], ...]:
     """Training and validation samples at random, and all test samples, standardised."""
     with np.load(folder / problem.file) as found:
@@ -112,7 +122,7 @@ def train(
     problem: Problem, dataset: Dataset[Any], val: Dataset[Any], seed: int, callbacks: list[Any]
 ) -> Classifier:
     seed_everything(seed, verbose=False)
-    module = Classifier(problem.net(), problem.rate)
+    module = Decaying(problem.net(), problem.rate)
     batches = DataLoader(dataset, BATCH, shuffle=True)
     with tempfile.TemporaryDirectory() as root:
         settings = {"max_epochs": problem.epochs, "limit_val_batches": 0, "callbacks": callbacks}
@@ -258,7 +268,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--drop", type=int, nargs="+", default=[1, 3, 10, 30, 100, 300, 1000])
+    parser.add_argument("--drop", type=int, nargs="+", default=[1, 10, 100, 300, 1000])
     parser.add_argument("--only", nargs="+", choices=names, default=names)
     parser.add_argument("--results", type=Path, default=Path("cleansing.jsonl"))
     parser.add_argument("--publish", action="store_true")
