@@ -88,7 +88,7 @@ BATCH = 50
 
 
 class Decaying(Classifier):
-    """Its learning rate falls to zero, in equal steps: where it ends is no longer a matter of chance."""
+    """Its learning rate falls to zero in equal steps, so that where it ends is no matter of chance."""
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.SGD(self.parameters(), lr=self.rate)
