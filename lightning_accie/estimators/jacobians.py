@@ -92,6 +92,13 @@ class FactoredJacobian:
         loss: the micro-batch; the module must be bound to the state that it is of.
         basis: V.
         rows: how many backward passes run side by side.
+
+    Attributes:
+        tape: the outputs and their errors, without the gradient.
+        outputs: D.
+        names: the parameters whose part of J_jV is in it.
+        positions: the largest number of positions at which one of their layers is applied.
+        nbytes: what the factors take.
     """
 
     def __init__(self, loss: MicroLoss, basis: Basis, rows: int) -> None:
@@ -100,19 +107,14 @@ class FactoredJacobian:
         chosen = {name: program.parameters[name] for name in basis.names}
         with watched(program.module, chosen, len(loss.samples)) as calls:
             self.tape = Tape.of(loss, ())
-        """The outputs and their errors, without the gradient."""
-        embeddings = [call.weight for call in calls.made if call.kind is nn.Embedding]
-        self.names = calls.names() - {name for name in embeddings if name}
-        """The parameters whose part of J_jV is in it."""
-        self._calls = [call for call in calls.made if {call.weight, call.bias} & self.names]
-        self.positions = max((call.inputs.shape[1] for call in self._calls), default=0)
-        """The largest number of positions at which one of the layers is applied."""
-        self._layers = [_layer(call, basis, self.names) for call in self._calls]
-        self.nbytes = sum(layer.nbytes for layer in self._layers)
-        """What the factors take."""
         self._values = [one.value for one in self.tape.outputs]
         self.outputs = sum(one.value.numel() // one.batch for one in self.tape.outputs)
-        """D."""
+        embeddings = [call.weight for call in calls.made if call.kind is nn.Embedding]
+        self.names = calls.names() - {name for name in embeddings if name}
+        self._calls = [call for call in calls.made if {call.weight, call.bias} & self.names]
+        self.positions = max((call.inputs.shape[1] for call in self._calls), default=0)
+        self._layers = [_layer(call, basis, self.names) for call in self._calls]
+        self.nbytes = sum(layer.nbytes for layer in self._layers)
         self._seeds = [error.detach().requires_grad_() for error in self.tape.errors]
         self._slopes: Sequence[Tensor] = ()
         if self._calls:
@@ -131,10 +133,12 @@ class FactoredJacobian:
         Returns:
             ``[B, D]``.
         """
-        with torch.enable_grad():
-            pairs = zip(self._calls, self._slopes, strict=True)
-            slopes = [call.by_position(slope[None])[0] for call, slope in pairs]
-        moved = [layer.along(c) for layer in self._layers]
+        slopes, moved = [], []
+        for call, layer, slope in zip(self._calls, self._layers, self._slopes, strict=True):
+            if slope.requires_grad:  # else the call's output goes nowhere
+                with torch.enable_grad():
+                    slopes.append(call.by_position(slope[None])[0])
+                moved.append(layer.along(c))
         with self._held():
             found = torch.autograd.grad(
                 slopes, self._seeds, moved, retain_graph=True, materialize_grads=True
@@ -198,7 +202,7 @@ class _AtFewPositions:
         return torch.bmm(c[:, None], self._images).view(len(c), self._positions, -1)
 
     def back(self, slopes: Tensor) -> Tensor:
-        return torch.matmul(self._images, slopes.flatten(2)[..., None])[..., 0]
+        return torch.bmm(self._images, slopes.flatten(2).permute(1, 2, 0)).permute(2, 0, 1)
 
 
 class _AtManyPositions:

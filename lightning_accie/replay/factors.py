@@ -181,8 +181,13 @@ def slopes_of(
             chunk if many else [vector[0] for vector in chunk],
             retain_graph=True,
             is_grads_batched=many,
-            materialize_grads=True,
+            allow_unused=True,  # torch would make zeros for them, but not K
         )
-        shaped = [s.reshape(size, *c.output.shape) for s, c in zip(slopes, calls, strict=True)]
+        shaped = [
+            call.output.new_zeros(size, *call.output.shape)
+            if slope is None
+            else slope.reshape(size, *call.output.shape)
+            for slope, call in zip(slopes, calls, strict=True)
+        ]
         found.append([c.by_position(s) for s, c in zip(shaped, calls, strict=True)])
     return [torch.cat(parts) for parts in zip(*found, strict=True)]

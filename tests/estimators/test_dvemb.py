@@ -201,6 +201,24 @@ def test_of_a_linear_model_it_is_sgd_ie(tmp_path: Path, optimiser: str) -> None:
     same(found, SgdIE().estimate(replay).influence)
 
 
+class HeardOnce(nn.Module):
+    """A layer that is called once more, for nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = linear_net()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.layer(x + 1)
+        return self.layer(x)
+
+
+def test_a_call_whose_output_goes_nowhere(tmp_path: Path) -> None:
+    replay = recorded(tmp_path, Classifier(HeardOnce(), sgd(lr=0.3)))
+    found = DataValueEmbedding(None, "fisher").estimate(replay).influence
+    same(found, SgdIE().estimate(replay).influence)
+
+
 def test_of_least_squares_it_is_sgd_ie(tmp_path: Path) -> None:
     torch.manual_seed(2)
     module = Regressor(nn.Sequential(nn.Linear(4, 2)).double(), sgd(momentum=0.5))

@@ -80,7 +80,20 @@ class _Sums(nn.Module):
         return (x.flatten(2) * places).sum(2)
 
 
+class Unheard(nn.Module):
+    """A layer whose output goes nowhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.layer(x)
+        return x
+
+
 NETS = {
+    "a layer unheard": lambda: layers(Tokens(), Unheard(), nn.Flatten(), nn.Linear(24, 3)),
     "convolutions": convolutions,
     "tokens": lambda: layers(Tokens(), nn.Linear(4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(18, 3)),
     "vectors": lambda: layers(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3, bias=False)),
