@@ -20,11 +20,12 @@ from lightning_accie.engine import InfluenceEngine
 from lightning_accie.errors import DescribeError, InfluenceError
 from lightning_accie.estimators import Estimator, SgdIE, resolve_estimator
 from lightning_accie.estimators.layers import Layers
+from lightning_accie.estimators.room import check_room, used_by
 from lightning_accie.live import LiveView, check_live
 from lightning_accie.progress import close_bar, progress_like
 from lightning_accie.query import QueryFunction
 from lightning_accie.replay.module import SampleLosses
-from lightning_accie.replay.walker import Visit
+from lightning_accie.replay.walker import Visit, Walker
 from lightning_accie.reports import render_strongest, report_all
 from lightning_accie.reports.html.beside import write_beside
 from lightning_accie.reports.report import Report
@@ -71,7 +72,8 @@ class InfluenceCallback(CallbackBase):
             deleted; else it is kept, and `fit` refuses to start.
         disk_budget: bytes that checkpoints and stored batches may take, as a number or a text such as
             ``"2GB"``.
-        memory_budget: bytes that the analysis may take beyond the module and its data.
+        memory_budget: bytes that the analysis may take beyond the module and its data. Too few for
+            any of it are refused when `fit` starts, with the least that would do.
         sample_losses: ``callable(module, batch) -> [B] tensor``, for a ``training_step`` whose
             per-sample losses cannot be found by themselves.
         query_dataloader: batches for the query; default the Trainer's validation data.
@@ -239,6 +241,7 @@ class InfluenceCallback(CallbackBase):
             capture=self.capture,
             sample_id=self.sample_id,
             probe=self._probe(),
+            check_room=self._check_room,
             dirpath=self.dirpath,
             overwrite=self.overwrite,
             disk_budget=self._disk_budget,
@@ -262,6 +265,10 @@ class InfluenceCallback(CallbackBase):
                 estimator.probe(visit)
 
         return probe
+
+    def _check_room(self, walker: Walker) -> None:
+        chosen = resolve_estimator(self.estimator, self.layers)
+        check_room(walker, self._memory_budget, used_by(chosen, self.layers, verify=self.verify))
 
     def _live_view(self) -> LiveView:
         return LiveView(

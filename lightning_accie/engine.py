@@ -35,7 +35,7 @@ from lightning_accie.estimators.layers import Layers, layers_to_json
 from lightning_accie.estimators.losses import training_losses
 from lightning_accie.estimators.measure import Ladder, choose_ways
 from lightning_accie.estimators.per_query import check_per_query
-from lightning_accie.estimators.room import divided
+from lightning_accie.estimators.room import divided, used_by
 from lightning_accie.explanation import Explanation, explain, one_by_one
 from lightning_accie.groups import Groups, GroupScores, group_scores, members_of
 from lightning_accie.launch import launch
@@ -334,8 +334,7 @@ class InfluenceEngine:
         with random_state.isolated(self._cuda), torch.compiler.set_stance("force_eager"):
             replay = self._replay(query, query_dataloader, at)
             value = self._finite(replay)
-            used = [SgdIE(layers) if chosen is None else chosen]
-            used += [LeaveOneOut()] if verify or chosen is None else []
+            used = used_by(chosen, layers, verify=verify)
             replay = divided(replay, self.memory_budget, used)
             ladder = choose_ways(replay)
             tell = rank_zero_info if ladder.reasons else rank_zero_debug

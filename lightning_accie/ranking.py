@@ -18,9 +18,17 @@ from torch import Tensor
 from lightning_accie.agreement import Agreement, measure
 from lightning_accie.estimators.acc_sgd_ie import AccSgdIE
 from lightning_accie.estimators.base import Estimate, Estimator, Interrupted, Replay, strongest
+from lightning_accie.estimators.chunks import ChunkedEstimator
 from lightning_accie.estimators.layers import Layers
 from lightning_accie.estimators.leave_one_out import LeaveOneOut
-from lightning_accie.estimators.measure import Prices, Walk, measure_prices, measure_walk
+from lightning_accie.estimators.measure import (
+    Chunks,
+    Prices,
+    Walk,
+    measure_chunks,
+    measure_prices,
+    measure_walk,
+)
 from lightning_accie.estimators.sgd_ie import SgdIE
 
 EXACT = LeaveOneOut.name
@@ -73,6 +81,23 @@ def walk_plan(count: int, first: str, walk: Walk) -> str:
     return (
         f"Influence analysis: {first} of {count} samples, {passes} forwards and 1 backwards over "
         f"{walk.steps} steps, up to {_size(walk.nbytes)} of states, about {_duration(walk.seconds)}."
+    )
+
+
+def chunks_plan(first: str, chunks: Chunks) -> str:
+    """Say what an estimator that works sample by sample will take, before it begins.
+
+    Args:
+        first: its name.
+        chunks: what it takes.
+
+    Returns:
+        A sentence.
+    """
+    many = "1 chunk, a pass" if chunks.chunks == 1 else f"{chunks.chunks} chunks, each a pass"
+    return (
+        f"Influence analysis: {first} of {chunks.samples} samples in {many} over {chunks.steps} steps, "
+        f"about {_duration(chunks.seconds)}."
     )
 
 
@@ -144,6 +169,8 @@ class Ranking:
         if isinstance(first, SgdIE):
             walk = measure_walk(self.replay, first)
             self.tell(walk_plan(len(self.replay.samples), first.name, walk))
+        if isinstance(first, ChunkedEstimator):
+            self.tell(chunks_plan(first.name, measure_chunks(self.replay, first)))
         if first.name != EXACT and (verify or estimator is None):
             prices = measure_prices(self.replay, self.layers)
             refined = 2 * top_k if estimator is None else 0

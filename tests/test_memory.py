@@ -80,3 +80,12 @@ def test_a_budget_that_is_too_small_is_refused_with_the_least_that_would_do(
     if least > 1:
         with pytest.raises(UnsupportedError, match="too little"):
             again(engine, f"{least - 1}MB").estimate("val_loss", estimator, verify=0, top_k=2)
+
+
+def test_a_budget_that_is_too_small_is_refused_when_fit_starts(tmp_path: Path) -> None:
+    module = Classifier(smooth_net(300, 200), sgd())
+    data = classification(18, inputs=300), classification(11, inputs=300)
+    with pytest.raises(UnsupportedError, match=r'too little .* Set `memory_budget="\d+MB"`'):
+        record(tmp_path, module, *data, callback={"memory_budget": "1MB", "run": "fit_end"})
+    assert module.trainer.global_step <= 1
+    record(tmp_path, module, *data, callback={"memory_budget": "1MB"})  # nothing is analysed

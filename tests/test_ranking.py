@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lightning_accie.estimators import SgdIE
-from lightning_accie.estimators.measure import Prices, Walk, measure_walk
-from lightning_accie.ranking import plan, walk_plan
+from lightning_accie.estimators import AccSgdIE, LeaveOneOut, SgdIE
+from lightning_accie.estimators.chunks import ChunkedEstimator
+from lightning_accie.estimators.measure import Chunks, Prices, Walk, measure_walk
+from lightning_accie.ranking import chunks_plan, plan, walk_plan
 from tests.problems import Classifier, classification, record, sgd, smooth_net
 
 EXACT_CHEAPER, ACC_CHEAPER = Prices(exact=2.0, acc=3.0), Prices(exact=20.0, acc=1.0)
@@ -78,6 +81,49 @@ def test_the_plan_of_a_walk(walk: Walk, words: str) -> None:
     text = walk_plan(300, "sgd-ie", walk)
     assert text.startswith("Influence analysis: sgd-ie of 300 samples, ")
     assert words in text
+
+
+@pytest.mark.parametrize(
+    ("chunks", "words"),
+    [
+        (
+            Chunks(300, 75, 480, 250.0),
+            "300 samples in 75 chunks, each a pass over 480 steps, about 4 min.",
+        ),
+        (Chunks(8, 1, 9, 0.1), "8 samples in 1 chunk, a pass over 9 steps, about 1 s."),
+    ],
+)
+def test_the_plan_of_chunks(chunks: Chunks, words: str) -> None:
+    assert chunks_plan("acc-sgd-ie", chunks) == f"Influence analysis: acc-sgd-ie of {words}"
+
+
+@pytest.mark.parametrize("estimator", [AccSgdIE(), LeaveOneOut([1, 2, 5])])
+def test_chunks_are_told_before_they_begin(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    estimator: ChunkedEstimator,
+) -> None:
+    monkeypatch.setattr("lightning_accie.estimators.chunks._LARGEST", 2)
+    engine = record(
+        tmp_path, Classifier(smooth_net(), sgd()), classification(24), classification(11)
+    )
+    passed = 0
+
+    class Counted:
+        @contextmanager
+        def task(self, description: str, total: int) -> Iterator[Callable[[int], None]]:
+            nonlocal passed
+            passed += total
+            yield lambda units: None
+
+    engine._progress = Counted()
+    with caplog.at_level("INFO"):
+        engine.estimate(estimator=estimator, verify=0)
+    (told,) = [line for line in caplog.messages if "chunks" in line]
+    found = re.search(r"in (\d+) chunks, each a pass over (\d+) steps", told)
+    assert found is not None
+    assert passed == int(found[1]) * int(found[2])
 
 
 def test_what_a_walk_holds_is_what_was_announced(

@@ -20,7 +20,7 @@ from lightning_accie.capture.generators import kept as kept_generators
 from lightning_accie.capture.opening import open_recording
 from lightning_accie.capture.recorder import Recorder, describe
 from lightning_accie.capture.saved import SavedSteps, check_saver
-from lightning_accie.capture.self_check import CACHE, QueryCheck, check_first_step
+from lightning_accie.capture.self_check import CACHE, QueryCheck, RoomCheck, check_first_step
 from lightning_accie.capture.sink import FirstStepWatch, FurtherRankSink, GuardedSink
 from lightning_accie.capture.stretch import Stretch, Window
 from lightning_accie.capture.support import check_trainer
@@ -54,6 +54,7 @@ class RecordingSettings:
         state_key: tells several callbacks of one Trainer apart.
         analyses: whether the run is ranked when `fit` ends.
         probe: what the estimator computes at a step (`Estimator.probe`).
+        check_room: refuses a memory budget that is too small for the analysis.
         live: whether the steps between validations are kept at hand (`Recording.cut`).
     """
 
@@ -65,6 +66,7 @@ class RecordingSettings:
     capture: str
     sample_id: SampleIdOf | None
     probe: Callable[[Visit], None]
+    check_room: RoomCheck
     dirpath: Path | None
     overwrite: bool
     disk_budget: int
@@ -301,6 +303,7 @@ class Recording:
                     sample_losses=self._settings.sample_losses,
                     probe=self._settings.probe,
                     check_query=self._query_check(),
+                    check_room=self._settings.check_room if self._settings.analyses else None,
                     describe=self._settings.describe if self._settings.analyses else None,
                     render=self._settings.render if self._settings.analyses else None,
                     device=device,

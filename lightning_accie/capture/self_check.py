@@ -29,6 +29,7 @@ from lightning_accie.reports.samples import Render, render_samples
 CACHE = 2**26
 """Bytes of memory that the check may take."""
 QueryCheck = Callable[[TrainingProgram, Snapshot], None]
+RoomCheck = Callable[[Walker], None]
 _MOVEMENT_TOLERANCE = 0.05
 """Adam's first step turns rounding into movement where a gradient is next to zero."""
 _ROUNDINGS = 50
@@ -47,6 +48,7 @@ def check_first_step(
     sample_losses: SampleLosses | None = None,
     probe: Callable[[Visit], None] | None = None,
     check_query: QueryCheck | None = None,
+    check_room: RoomCheck | None = None,
     describe: Describe | None = None,
     render: Render | None = None,
     device: torch.device | None = None,
@@ -63,6 +65,7 @@ def check_first_step(
         sample_losses: the user's per-sample losses, or None.
         probe: what the estimator computes at a step (`Estimator.probe`), tried here.
         check_query: tries the query, given the replayed module and the state after the step.
+        check_room: refuses a memory budget that is too small for the analysis.
         describe: the user's columns, tried on the first sample here; None where nobody will ask.
         render: the user's way to show a sample, tried on it too.
         device: where training runs.
@@ -111,6 +114,8 @@ def check_first_step(
             rank_zero_warn(_noisy(noise))
         if probe is not None:
             check_derivatives(probe, visit)
+        if check_room is not None:
+            check_room(walker)
         if check_query is not None:
             check_query(program, walker.final())
         if describe is not None:

@@ -8,16 +8,19 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from lightning_accie.errors import first_line
 from lightning_accie.estimators.acc_sgd_ie import AccSgdIE
 from lightning_accie.estimators.base import Replay
+from lightning_accie.estimators.chunks import ChunkedEstimator
 from lightning_accie.estimators.layers import Layers, followed
+from lightning_accie.estimators.leave_one_out import LeaveOneOut
 from lightning_accie.estimators.sgd_ie import SgdIE, walker_of
 from lightning_accie.replay.part import part_of
 from lightning_accie.replay.state import Params, stack, zeros_like
 from lightning_accie.replay.step import TANGENTS
-from lightning_accie.replay.walker import Walker
+from lightning_accie.replay.walker import Visit, Walker
 
 _ROWS = 32
 
@@ -239,6 +242,55 @@ def measure_walk(replay: Replay, estimator: SgdIE) -> Walk:
     return Walk(steps, passes, walker.held_bytes(), steps * (passes * forward + back))
 
 
+@dataclass(frozen=True)
+class Chunks:
+    """What an estimator takes that works sample by sample.
+
+    Attributes:
+        samples: how many.
+        chunks: in how many chunks, each of which passes over the run once.
+        steps: how many steps the run has.
+        seconds: about how long it takes.
+    """
+
+    samples: int
+    chunks: int
+    steps: int
+    seconds: float
+
+
+def measure_chunks(replay: Replay, estimator: ChunkedEstimator) -> Chunks:
+    """Measure a chunk's step, at the run's first.
+
+    Args:
+        replay: the run.
+        estimator: whose chunks they are.
+
+    Returns:
+        What all of them take. Without those of SGD-IE, where it chooses the samples.
+    """
+    wanted, steps = estimator.candidates, len(replay.walker)
+    numbers = wanted if isinstance(wanted, Tensor) else replay.samples[:wanted]
+    count = len(numbers)
+    size = max(1, min(count, estimator.at_once(replay)))
+    visit = replay.walker.first_loss()
+    step = _best_of(_step_of(estimator, visit, numbers[:size]), repeats=2)
+    step += _best_of(lambda: replay.walker.again(visit), repeats=2)
+    chunks = -(-count // size)
+    ahead = 1.0 - float(replay.first.double().mean()) / steps  # nothing is carried before that
+    return Chunks(count, chunks, steps, chunks * steps * ahead * step)
+
+
+def _step_of(estimator: ChunkedEstimator, visit: Visit, removed: Tensor) -> Callable[[], object]:
+    """What an estimator does at a step for samples side by side."""
+    if isinstance(estimator, AccSgdIE):
+        part = part_of(visit, followed(estimator.layers, visit.trainable))
+        tangents = zeros_like(part.state, batch=len(removed))
+        return partial(part.map.push, part.state, tangents, removed)
+    states = stack(visit.state, len(removed)).map(torch.clone)
+    return partial(visit.map.advance_many, states, removed)
+
+
 def measure_prices(replay: Replay, layers: Layers = None) -> Prices:
     """Measure one step of each, for as many samples as are carried at once.
 
@@ -250,15 +302,12 @@ def measure_prices(replay: Replay, layers: Layers = None) -> Prices:
         The prices.
     """
     visit = replay.walker.first_loss()
-    size = min(_ROWS, len(replay.samples), AccSgdIE(layers=layers).at_once(replay))
-    removed = replay.samples[:size]
-    part = part_of(visit, followed(layers, visit.trainable))
-    tangents = zeros_like(part.state, batch=size)
-    states = stack(visit.state, size).map(torch.clone)
-    whole_run = len(replay.walker) / size
-    exact = _best_of(lambda: visit.map.advance_many(states, removed))
+    refined = AccSgdIE(layers=layers)
+    removed = replay.samples[: min(_ROWS, refined.at_once(replay))]
+    whole_run = len(replay.walker) / len(removed)
+    exact = _best_of(_step_of(LeaveOneOut(), visit, removed))
     try:
-        acc = _best_of(lambda: part.map.push(part.state, tangents, removed))
+        acc = _best_of(_step_of(refined, visit, removed))
     except (NotImplementedError, RuntimeError):
         acc = float("inf")
     return Prices(exact * whole_run, acc * whole_run)

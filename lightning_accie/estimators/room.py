@@ -16,8 +16,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from math import ceil
 
+import torch
+
 from lightning_accie.errors import UnsupportedError
-from lightning_accie.estimators.base import Estimator, Replay
+from lightning_accie.estimators.base import Estimator, Replay, Unasked
+from lightning_accie.estimators.layers import Layers
+from lightning_accie.estimators.leave_one_out import LeaveOneOut
+from lightning_accie.estimators.sgd_ie import SgdIE
+from lightning_accie.replay.walker import Walker
 
 _STATES, _GRAPHS = 7, 2
 """How many states and steps' activations every analysis holds; `benchmarks/scaling.py` measures it."""
@@ -52,3 +58,34 @@ def divided(replay: Replay, memory_budget: int, estimators: Sequence[Estimator])
     available = max(memory_budget - quarter - fixed, needs[name])
     replay.walker.program.batches.keep(min(quarter, memory_budget - fixed - available))
     return replace(replay, walker=replay.walker.within(available), memory_budget=available)
+
+
+def used_by(chosen: Estimator | None, layers: Layers, *, verify: int) -> list[Estimator]:
+    """The estimators that a ranking uses, as far as they need the most room.
+
+    Args:
+        chosen: whose ranking; None for the automatic one.
+        layers: those that the automatic one follows.
+        verify: how many samples are replayed exactly.
+
+    Returns:
+        The estimators.
+    """
+    exact: list[Estimator] = [LeaveOneOut()] if verify or chosen is None else []
+    return [SgdIE(layers) if chosen is None else chosen, *exact]
+
+
+def check_room(walker: Walker, memory_budget: int, estimators: Sequence[Estimator]) -> None:
+    """Refuse a budget that is too small for a run that has only begun.
+
+    Args:
+        walker: over its first step.
+        memory_budget: bytes for all of the analysis.
+        estimators: those that will be used.
+
+    Raises:
+        UnsupportedError: with the least that would do.
+    """
+    none = torch.zeros(0, dtype=torch.int64)
+    run = Replay(walker, Unasked(), none, none, none, none, walker.final(), memory_budget)
+    divided(run, memory_budget, estimators)
