@@ -180,7 +180,10 @@ _RULES: dict[str, _Rule] = {
     "strategy": (_one_of(*STRATEGIES), f"one of {', '.join(map(repr, STRATEGIES))}"),
     "overwrite": (_yes_or_no, "True or False"),
     "disk_budget": _SIZE,
-    "memory_budget": _SIZE,
+    "memory_budget": (
+        lambda value: value == "auto" or _size(value),
+        'a number of bytes, a text such as "2GB" or "512MiB", or "auto"',
+    ),
     "sample_losses": (_function, "a callable(module, batch) -> [B] tensor"),
     "query_dataloader": (_loaders, "a DataLoader, or a collection of them"),
     "describe": (_function, "a callable(sample) -> dict"),

@@ -20,7 +20,7 @@ from lightning_accie.engine import InfluenceEngine
 from lightning_accie.errors import DescribeError, InfluenceError
 from lightning_accie.estimators import Estimator, SgdIE, resolve_estimator
 from lightning_accie.estimators.layers import Layers
-from lightning_accie.estimators.room import check_room, used_by
+from lightning_accie.estimators.room import MemoryBudget, check_room, used_by
 from lightning_accie.live import LiveView, check_live
 from lightning_accie.progress import close_bar, progress_like
 from lightning_accie.query import QueryFunction
@@ -73,7 +73,8 @@ class InfluenceCallback(CallbackBase):
         disk_budget: bytes that checkpoints and stored batches may take, as a number or a text such as
             ``"2GB"``.
         memory_budget: bytes that the analysis may take beyond the module and its data. Too few for
-            any of it are refused when `fit` starts, with the least that would do.
+            any of it are refused when `fit` starts, with the least that would do. ``"auto"``: 1 GB, or
+            that least where it is more.
         sample_losses: ``callable(module, batch) -> [B] tensor``, for a ``training_step`` whose
             per-sample losses cannot be found by themselves.
         query_dataloader: batches for the query; default the Trainer's validation data.
@@ -130,7 +131,7 @@ class InfluenceCallback(CallbackBase):
         dirpath: str | Path | None = None,
         overwrite: bool = False,
         disk_budget: int | str = "2GB",
-        memory_budget: int | str = "1GB",
+        memory_budget: int | str = "auto",
         sample_losses: SampleLosses | None = None,
         query_dataloader: Any = None,
         describe: Describe | None = None,
@@ -169,7 +170,8 @@ class InfluenceCallback(CallbackBase):
             seed=seed,
         )
         self._disk_budget = parse_bytes(disk_budget)
-        self._memory_budget = parse_bytes(memory_budget)
+        self._memory_budget = MemoryBudget.of(memory_budget)
+        self.memory_budget = memory_budget
         self.monitor = monitor
         self.estimator = estimator
         self.layers = layers
@@ -275,7 +277,7 @@ class InfluenceCallback(CallbackBase):
             monitor=self.monitor,
             estimator=SgdIE(self.layers),
             top_k=self.top_k,
-            memory_budget=self._memory_budget,
+            memory_budget=self._memory_budget.size,
             sample_losses=self.sample_losses,
             query_dataloader=self.query_dataloader,
             describe=self.describe,
@@ -419,7 +421,7 @@ class InfluenceCallback(CallbackBase):
             recording.combined,
             val_dataloaders=loaders,
             sample_losses=self.sample_losses,
-            memory_budget=self._memory_budget,
+            memory_budget=self.memory_budget,
             progress=progress_like(trainer),
             full_precision=self.full_precision,
             check_data=recording.processes.first,

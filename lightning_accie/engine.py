@@ -35,7 +35,7 @@ from lightning_accie.estimators.layers import Layers, layers_to_json
 from lightning_accie.estimators.losses import training_losses
 from lightning_accie.estimators.measure import Ladder, choose_ways
 from lightning_accie.estimators.per_query import check_per_query
-from lightning_accie.estimators.room import divided, used_by
+from lightning_accie.estimators.room import MemoryBudget, divided, used_by
 from lightning_accie.explanation import Explanation, explain, one_by_one
 from lightning_accie.groups import Groups, GroupScores, group_scores, members_of
 from lightning_accie.launch import launch
@@ -55,7 +55,6 @@ from lightning_accie.replay.walker import Walker
 from lightning_accie.scores import InfluenceScores
 from lightning_accie.trajectory.files import MANIFEST
 from lightning_accie.trajectory.reader import Trajectory
-from lightning_accie.trajectory.sizes import parse_bytes
 from lightning_accie.unfinished import Unfinished, directory_of
 
 
@@ -72,7 +71,7 @@ class InfluenceEngine:
         val_dataloaders: the validation data, where ``data`` is not a datamodule that has them.
         sample_losses: ``callable(module, batch) -> [B]``, as given to the callback.
         memory_budget: bytes for replayed states, batches and vectorised work, as a number or a text
-            such as ``"1GB"``.
+            such as ``"4GB"``; ``"auto"``: 1 GB, or the least that does where that is more.
         device: where to compute; the CPU by default.
         check_data: whether the training data are compared with the checksums of the recorded ones
             before anything is computed. Losses are compared in any case.
@@ -113,7 +112,7 @@ class InfluenceEngine:
         *,
         val_dataloaders: Any = None,
         sample_losses: SampleLosses | None = None,
-        memory_budget: int | str = "1GB",
+        memory_budget: int | str = "auto",
         device: str | torch.device = "cpu",
         check_data: bool = True,
         progress: bool | Progress = True,
@@ -147,7 +146,8 @@ class InfluenceEngine:
         self.trajectory = trajectory
         module = getattr(module, "_orig_mod", module)  # what `torch.compile` was given
         self.module = module
-        self.memory_budget = parse_bytes(memory_budget)
+        self._budget = MemoryBudget.of(memory_budget)
+        self.memory_budget = self._budget.size
         if isinstance(progress, bool):
             progress = RichProgress() if progress else NoProgress()
         self._progress: Progress = progress
@@ -335,7 +335,7 @@ class InfluenceEngine:
             replay = self._replay(query, query_dataloader, at)
             value = self._finite(replay)
             used = used_by(chosen, layers, verify=verify)
-            replay = divided(replay, self.memory_budget, used)
+            replay = divided(replay, self._budget, used)
             ladder = choose_ways(replay)
             tell = rank_zero_info if ladder.reasons else rank_zero_debug
             tell(f"Influence analysis: {ladder.sentence()}")
@@ -418,7 +418,7 @@ class InfluenceEngine:
                 raise QueryError("The DataLoader given to `explain` has no batch.")
             self._finite(replay)
             used = [chosen, *([LeaveOneOut()] if verify else [])]
-            replay = divided(replay, self.memory_budget, used)
+            replay = divided(replay, self._budget, used)
             replay.query.gradient(
                 replay.final.state.visible
             )  # one sample may have no slope, not all
@@ -472,7 +472,7 @@ class InfluenceEngine:
             names, sets = members_of(groups, replay, self.sample, length)
             self._finite(replay)
             used = [SgdIE(), *([AccSgdIE()] if acc else []), *([LeaveOneOut()] if exact else [])]
-            replay = divided(replay, self.memory_budget, used)
+            replay = divided(replay, self._budget, used)
             choose_ways(replay)
             for estimator in (SgdIE(), *([AccSgdIE()] if acc else [])):
                 check_derivatives(estimator.probe, replay.walker.first_loss())

@@ -10,6 +10,7 @@ import weakref
 from pathlib import Path
 
 import pytest
+import torch
 
 from lightning_accie import InfluenceEngine, UnsupportedError
 from lightning_accie.trajectory.sizes import parse_bytes
@@ -89,3 +90,20 @@ def test_a_budget_that_is_too_small_is_refused_when_fit_starts(tmp_path: Path) -
         record(tmp_path, module, *data, callback={"memory_budget": "1MB", "run": "fit_end"})
     assert module.trainer.global_step <= 1
     record(tmp_path, module, *data, callback={"memory_budget": "1MB"})  # nothing is analysed
+
+
+def test_without_a_budget_the_least_is_taken_where_the_usual_does_not_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = classification(24), classification(11, seed=3)
+    whole = record(tmp_path, Classifier(smooth_net(), sgd()), *data)
+    usual = whole.estimate("val_loss", verify=2, top_k=2)
+    assert "of memory, the least" not in caplog.text
+    monkeypatch.setattr("lightning_accie.estimators.room._AUTOMATIC", 1000)
+    caplog.set_level("INFO")
+    tight = record(
+        tmp_path / "tight", Classifier(smooth_net(), sgd()), *data, callback={"run": "fit_end"}
+    )
+    assert "kB of memory, the least that `" in caplog.text
+    found = tight.estimate("val_loss", verify=2, top_k=2)
+    assert torch.allclose(found.influence, usual.influence, rtol=1e-9, atol=1e-15)

@@ -13,10 +13,11 @@ parameter sets take a quarter at most, has it before and after the estimator's w
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import ceil
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_accie.errors import UnsupportedError
 from lightning_accie.estimators.base import Estimator, Replay, Unasked
@@ -24,17 +25,42 @@ from lightning_accie.estimators.layers import Layers
 from lightning_accie.estimators.leave_one_out import LeaveOneOut
 from lightning_accie.estimators.sgd_ie import SgdIE
 from lightning_accie.replay.walker import Walker
+from lightning_accie.trajectory.sizes import format_bytes, parse_bytes
 
+_AUTOMATIC = 10**9
 _STATES, _GRAPHS = 7, 2
 """How many states and steps' activations every analysis holds; `benchmarks/scaling.py` measures it."""
 
 
-def divided(replay: Replay, memory_budget: int, estimators: Sequence[Estimator]) -> Replay:
+@dataclass(frozen=True)
+class MemoryBudget:
+    """The bytes that an analysis may take.
+
+    Attributes:
+        size: how many.
+        grows: whether it may be more where the analysis cannot do with that.
+    """
+
+    size: int
+    grows: bool
+
+    @classmethod
+    def of(cls, given: int | str) -> MemoryBudget:
+        """Read the argument ``memory_budget``.
+
+        Returns:
+            1 GB, which may grow, for ``"auto"``; else what was given.
+        """
+        automatic = given == "auto"
+        return cls(_AUTOMATIC if automatic else parse_bytes(given), grows=automatic)
+
+
+def divided(replay: Replay, budget: MemoryBudget, estimators: Sequence[Estimator]) -> Replay:
     """Give the estimators their room, and the kept batches theirs.
 
     Args:
         replay: the run.
-        memory_budget: bytes for all of the analysis.
+        budget: for all of the analysis.
         estimators: those that will be used.
 
     Returns:
@@ -47,13 +73,20 @@ def divided(replay: Replay, memory_budget: int, estimators: Sequence[Estimator])
     fixed = _STATES * state + _GRAPHS * graph
     needs = {estimator.name: estimator.least_bytes(replay) for estimator in estimators}
     name = max(needs, key=lambda one: needs[one])
-    if fixed + needs[name] > memory_budget:
+    memory_budget, least = budget.size, fixed + needs[name]
+    if least > memory_budget and not budget.grows:
         raise UnsupportedError(
             f"`memory_budget` is {memory_budget / 1e6:.0f} MB, which is too little for `{name}` on "
             f"this run. A state (weights, and what the optimiser keeps) takes {state / 1e6:.1f} MB, "
             f"the graph of a step {graph / 1e6:.1f} MB; the analysis holds several of each. Set "
-            f'`memory_budget="{ceil((fixed + needs[name]) / 1e6)}MB"` or more.'
+            f'`memory_budget="{ceil(least / 1e6)}MB"` or more.'
         )
+    if least > memory_budget:
+        rank_zero_info(
+            f"Influence analysis: takes {format_bytes(least)} of memory, the least that `{name}` can "
+            "do with on this run. With more (`memory_budget=`) it is faster."
+        )
+        memory_budget = least
     quarter = memory_budget // 4
     available = max(memory_budget - quarter - fixed, needs[name])
     replay.walker.program.batches.keep(min(quarter, memory_budget - fixed - available))
@@ -75,17 +108,19 @@ def used_by(chosen: Estimator | None, layers: Layers, *, verify: int) -> list[Es
     return [SgdIE(layers) if chosen is None else chosen, *exact]
 
 
-def check_room(walker: Walker, memory_budget: int, estimators: Sequence[Estimator]) -> None:
+def check_room(walker: Walker, budget: MemoryBudget, estimators: Sequence[Estimator]) -> None:
     """Refuse a budget that is too small for a run that has only begun.
 
     Args:
         walker: over its first step.
-        memory_budget: bytes for all of the analysis.
+        budget: for all of the analysis.
         estimators: those that will be used.
 
     Raises:
         UnsupportedError: with the least that would do.
     """
+    if budget.grows:
+        return
     none = torch.zeros(0, dtype=torch.int64)
-    run = Replay(walker, Unasked(), none, none, none, none, walker.final(), memory_budget)
-    divided(run, memory_budget, estimators)
+    run = Replay(walker, Unasked(), none, none, none, none, walker.final(), budget.size)
+    divided(run, budget, estimators)
