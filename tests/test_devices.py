@@ -19,13 +19,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_accie import AccSgdIE, InfluenceEngine, LeaveOneOut, SgdIE
+from lightning_accie import AccSgdIE, InfluenceEngine, LeaveOneOut, SgdIE, UnsupportedError
+from lightning_accie.capture.support import check_trainer
 from tests.problems import (
     Classifier,
     Regressor,
     adam,
     classification,
     fit,
+    quiet_trainer,
     regression,
     sgd,
     smooth_net,
@@ -232,3 +234,24 @@ def test_a_run_is_analysed_on_another_device(tmp_path: Path, device: torch.devic
     for name in ("sgd-ie", "acc-sgd-ie", "leave-one-out"):
         expected = here.estimate(estimator=name, verify=0).influence
         near(there.estimate(estimator=name, verify=0).influence, expected, 1e-8, name)
+
+
+# ---------------------------------------------------------------------- what is left alone, and refused
+
+
+def test_an_analysis_on_the_cpu_leaves_the_generators_of_gpus_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, val, module = single(12), single(6, seed=3), Classifier(dropout_net(), sgd())
+    trajectory = recorded(tmp_path, CPU, module, data, val)
+    seeded: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    opened(trajectory, CPU, module, data, val).estimate(estimator="sgd-ie", verify=0)
+    assert not seeded
+
+
+def test_mps_is_refused_by_name(tmp_path: Path) -> None:
+    trainer = quiet_trainer(tmp_path)
+    trainer.strategy._root_device = torch.device("mps")
+    with pytest.raises(UnsupportedError, match='accelerator="mps"'):
+        check_trainer(trainer)
