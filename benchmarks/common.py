@@ -86,7 +86,7 @@ def loaders(
 
 
 def trainer(root: Path, **settings: Any) -> Trainer:
-    """One process on the CPU, without loggers and bars."""
+    """One process, by default on the CPU, without loggers and bars."""
     defaults: dict[str, Any] = {
         "accelerator": "cpu",
         "devices": 1,
@@ -100,10 +100,17 @@ def trainer(root: Path, **settings: Any) -> Trainer:
 
 
 def seconds(action: Callable[[], object]) -> float:
-    """Time one call."""
-    start = time.perf_counter()
+    """Time one call, the work that it has left to a GPU included."""
+    start = now()
     action()
-    return time.perf_counter() - start
+    return now() - start
+
+
+def now() -> float:
+    """The clock, once what a GPU was given to do is done."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def resident_bytes() -> int:
@@ -144,6 +151,8 @@ def machine() -> str:
     if info.exists():
         found = re.search(r"model name\s*:\s*(.+)", info.read_text())
         model = found.group(1) if found else model
+    if torch.cuda.is_initialized():
+        model = f"{torch.cuda.get_device_name()}, {model}"
     return (
         f"{model}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s), "
         f"torch {torch.__version__}, Python {platform.python_version()}"
@@ -174,9 +183,17 @@ def kept_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def arguments(description: str | None) -> argparse.Namespace:
-    """The options every script has."""
+def arguments(description: str | None, *, device: bool = False) -> argparse.Namespace:
+    """The options every script has, and for those that can measure elsewhere ``--device``."""
     parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
+    if device:
+        parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--publish", action="store_true", help="write the figures into the docs")
     parser.add_argument("--repeats", type=int, default=5)
-    return parser.parse_args()
+    options = parser.parse_args()
+    if device and options.device == "cuda" and not torch.cuda.is_available():
+        parser.error(
+            "there is no CUDA device: torch sees none on this machine, or this torch is a CPU build. "
+            "Leave --device out to measure on the CPU."
+        )
+    return options

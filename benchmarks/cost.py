@@ -1,6 +1,6 @@
 """What capture and the estimators cost, as ratios to `Trainer.fit` in the same run, one thread.
 
-    python benchmarks/cost.py [--publish]
+    python benchmarks/cost.py [--publish] [--device cuda]
 
 Two networks: 64-32-10 on scikit-learn's digits (steps of about a millisecond), and 784-512-512-10
 (670k parameters) on made-up images. What capture costs at each step is a percent or two of what one
@@ -19,7 +19,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -32,6 +31,7 @@ from common import (
     machine,
     mlp,
     mnist_like,
+    now,
     publish,
     quieten,
     seconds,
@@ -91,7 +91,7 @@ class Timed(Classifier):
         self.begun: list[float] = []
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        self.begun.append(perf_counter())
+        self.begun.append(now())
         return super().training_step(batch, batch_idx)
 
 
@@ -138,7 +138,7 @@ class Switch(Callback):
             recorder.attach()
 
 
-def steps_of(problem: Problem) -> dict[str, np.ndarray]:
+def steps_of(problem: Problem, device: str) -> dict[str, np.ndarray]:
     """Time the steps of one fit.
 
     Returns:
@@ -147,7 +147,8 @@ def steps_of(problem: Problem) -> dict[str, np.ndarray]:
     layout = scattered()
     influence = InfluenceCallback(run="manual", dirpath=Path(tempfile.mkdtemp()) / "influence")
     switch = Switch(influence)
-    begun = np.array(fit(problem, problem.timed_epochs, [influence, switch])[1].begun)
+    callbacks: list[Callback] = [influence, switch]
+    begun = np.array(fit(problem, problem.timed_epochs, callbacks, device)[1].begun)
     del layout
     spans = zip(switch.epochs, [*switch.epochs[1:], (len(begun), "")], strict=True)
     steps: dict[str, list[np.ndarray]] = {kind: [] for kind in KINDS}
@@ -157,7 +158,9 @@ def steps_of(problem: Problem) -> dict[str, np.ndarray]:
     return {kind: np.concatenate(found) for kind, found in steps.items()}
 
 
-def fit(problem: Problem, epochs: int, callbacks: list[Callback]) -> tuple[float, Timed]:
+def fit(
+    problem: Problem, epochs: int, callbacks: list[Callback], device: str = "cpu"
+) -> tuple[float, Timed]:
     """Train once.
 
     Returns:
@@ -167,7 +170,8 @@ def fit(problem: Problem, epochs: int, callbacks: list[Callback]) -> tuple[float
     module = Timed(problem.net())
     train, _ = data_of(problem)
     root = Path(tempfile.mkdtemp())
-    runner = trainer(root, max_epochs=epochs, callbacks=callbacks, limit_val_batches=0)
+    settings: dict[str, Any] = {"max_epochs": epochs, "limit_val_batches": 0}
+    runner = trainer(root, callbacks=callbacks, accelerator=device, **settings)
     return seconds(lambda: runner.fit(module, train)), module
 
 
@@ -182,9 +186,9 @@ def data_of(problem: Problem) -> tuple[DataLoader[object], DataLoader[object]]:
     return loaders(*problem.data, problem.train, 300, problem.batch)
 
 
-def capture(problem: Problem, repeats: int) -> dict[str, float]:
+def capture(problem: Problem, repeats: int, device: str) -> dict[str, float]:
     """What watching costs at each step."""
-    fits = [steps_of(problem) for _ in range(2 * repeats)]
+    fits = [steps_of(problem, device) for _ in range(2 * repeats)]
     mean = {kind: np.array([steps[kind].mean() for steps in fits]) for kind in KINDS}
     middle = {kind: np.array([np.median(steps[kind]) for steps in fits]) for kind in KINDS}
     typical = middle["capture"] / middle["nothing"] - 1
@@ -198,16 +202,21 @@ def capture(problem: Problem, repeats: int) -> dict[str, float]:
     }
 
 
-def measure(problem: Problem, repeats: int) -> dict[str, float]:
-    figures = capture(problem, repeats)
-    whole = median(fit(problem, problem.epochs, [])[0] for _ in range(repeats))
+def measure(problem: Problem, repeats: int, device: str) -> dict[str, float]:
+    figures = capture(problem, repeats, device)
+    whole = median(fit(problem, problem.epochs, [], device)[0] for _ in range(repeats))
     influence = InfluenceCallback(run="manual", dirpath=Path(tempfile.mkdtemp()) / "influence")
-    recorded, module = fit(problem, problem.epochs, [influence])
+    recorded, module = fit(problem, problem.epochs, [influence], device)
     figures["capture_fit"] = recorded / whole - 1
     assert influence.directory is not None
     train, val = data_of(problem)
     engine = InfluenceEngine(
-        influence.directory / "trajectory", module, train, val_dataloaders=val, progress=False
+        influence.directory / "trajectory",
+        module,
+        train,
+        val_dataloaders=val,
+        progress=False,
+        device=device,
     )
     replay = engine.replay("val_loss")
     tracked = list(range(problem.tracked))
@@ -250,13 +259,14 @@ def table(rows: dict[str, dict[str, float]]) -> str:
 
 
 def main() -> None:
-    options = arguments(__doc__)
+    options = arguments(__doc__, device=True)
     quieten()
     torch.set_num_threads(1)
-    text = table({problem.name: measure(problem, options.repeats) for problem in problems()})
+    rows = {p.name: measure(p, options.repeats, options.device) for p in problems()}
+    text = table(rows)
     print(text)
-    if options.publish:
-        publish("cost", text)
+    if options.publish:  # a GPU's figures beside those of the CPU, not in their place
+        publish("cost" if options.device == "cpu" else "cost-gpu", text)
 
 
 if __name__ == "__main__":

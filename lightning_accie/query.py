@@ -7,7 +7,6 @@ catcher; the mean over the batches is weighted as Lightning weights it.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
@@ -15,7 +14,6 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
@@ -111,9 +109,7 @@ class ModuleQuery:
     def _seeded(self) -> Restorable:
         """Where the generators stand at every evaluation, in this process as in another."""
         with random_state.isolated(self._cuda):
-            torch.manual_seed(0)
-            np.random.seed(0)  # noqa: NPY002
-            random.seed(0)
+            random_state.seed(0, cuda=self._cuda)
             return Restorable.of(random_state.capture(cuda=self._cuda, host=True))
 
     def _copy(self, module: Any, buffers: Mapping[str, Tensor]) -> Any:

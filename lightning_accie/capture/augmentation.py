@@ -8,7 +8,6 @@ by the sample's index say, and is harmless.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -62,9 +61,7 @@ def _varies(make: Callable[[], Any], cuda: torch.device | None) -> bool:
     """Make a batch twice, from different states of the generators, and compare."""
     made, started, ended = [], [], []
     for seed in _SEEDS:
-        torch.manual_seed(seed)
-        np.random.seed(seed)  # noqa: NPY002
-        random.seed(seed)
+        random_state.seed(seed, cuda=cuda)
         started.append(random_state.capture(cuda=cuda, host=True))
         made.append([_bytes(leaf) for leaf in leaves_of(make())])
         ended.append(random_state.capture(cuda=cuda, host=True))

@@ -46,6 +46,12 @@ def check_trainer(trainer: Any) -> None:
         UnsupportedError: naming the setting, and what to do instead.
     """
     check_strategy(trainer.strategy)
+    if trainer.strategy.root_device.type == "mps":
+        raise UnsupportedError(
+            '`Trainer(accelerator="mps")` cannot be replayed: the states of its generator are not '
+            "recorded, and it has no double precision, in which influences are added up. Use "
+            '`accelerator="cpu"`.'
+        )
     precision = str(trainer.precision)
     if precision not in PRECISIONS:
         sixteen = precision in ("16-true", "bf16-true")

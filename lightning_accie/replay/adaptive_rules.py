@@ -235,8 +235,8 @@ class NAdam(_Adaptive):
         count = step + 1
         momentum = _nesterov_momentum(beta1, count, settings)
         following = _nesterov_momentum(beta1, count + 1, settings)
-        product = slots["mu_product"] if slots else torch.ones((), dtype=_scalar_dtype())
-        product = product.mul(momentum)
+        one = torch.ones((), dtype=_scalar_dtype(), device=param.device)
+        product = (slots["mu_product"] if slots else one).mul(momentum)
         zero = torch.zeros_like(grad)
         mean = torch.lerp(slots.get("exp_avg", zero), grad, 1 - beta1)
         squares = slots.get("exp_avg_sq", zero).mul(beta2).addcmul(grad, grad, value=1 - beta2)

@@ -110,7 +110,9 @@ class BatchCache:
             return held.batch
         if held is not None:
             self._held -= self._kept.pop(key).size
-        batch = build(micro)
+        # A transform of `torch.func` may be running, and would wrap what is made, which stays.
+        with torch._C._DisableFuncTorch():
+            batch = build(micro)
         size = tree_bytes(batch)
         if size <= self.limit:
             self._kept[key] = _Held(micro, batch, size, versions(batch))

@@ -343,19 +343,21 @@ class TrainingProgram:
 
         Normalisation layers use the batch's statistics without updating the running ones (the
         gradients are the same, and `torch.func` cannot update a buffer in place); recurrent layers
-        run without mkldnn, which has no forward mode.
+        run without mkldnn, which has no forward mode, and without cuDNN, which has no second
+        derivative of them either.
         """
-        mkldnn = torch.backends.mkldnn.is_available() and self._recurrent
-        before = torch._C._get_mkldnn_enabled()
+        mkldnn, cudnn = torch._C._get_mkldnn_enabled(), torch._C._get_cudnn_enabled()
         tracking = [part.track_running_stats for part in self._tracking]
-        if mkldnn:  # not `mkldnn.flags`, which warns of a kind of GPU
+        if self._recurrent:  # not `flags` of `torch.backends`, which warn, and set other things too
             torch._C._set_mkldnn_enabled(False)
+            torch._C._set_cudnn_enabled(False)
         for part in self._tracking:
             part.track_running_stats = False
         try:
             yield
         finally:
-            torch._C._set_mkldnn_enabled(before)
+            torch._C._set_mkldnn_enabled(mkldnn)
+            torch._C._set_cudnn_enabled(cudnn)
             for part, value in zip(self._tracking, tracking, strict=True):
                 part.track_running_stats = value
 

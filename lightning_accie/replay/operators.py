@@ -20,9 +20,9 @@ class Differentiable(TorchFunctionMode):
     backward. Weight normalisation is written out: torch's own operator has no forward mode, and its
     double backward is wrong in the direction (seen in torch 2.13). So are distances: `torch.cdist` has
     neither. So is normalisation by running statistics that are differentiated for; running statistics
-    are not updated in place. Dropout draws its mask in the order of its input's memory, as plain torch
-    does; `torch.func` would draw in the order of the dimensions, and so another mask for a transposed
-    input.
+    are not updated in place. Dropout draws its mask in the order of its input's memory, and on a GPU by
+    the kernel that training draws it with, as plain torch does; `torch.func` would draw in the order of
+    the dimensions, and on a GPU by another kernel, and so another mask.
     """
 
     def __torch_function__(
@@ -154,10 +154,12 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
 
 
 def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-    if not training or p == 0.0 or input.is_contiguous():
+    if not training or p == 0.0 or (input.is_contiguous() and input.is_cpu):
         return F.dropout(input, p, training)
     strides = input.stride()
     order = sorted(range(input.dim()), key=lambda dim: -strides[dim])
     sizes = [input.shape[dim] for dim in order]
-    mask = F.dropout(torch.ones(sizes, dtype=input.dtype, device=input.device), p)
+    # Off the CPU dropout is one kernel, in place of which `vmap` would call ``bernoulli_``.
+    with torch._C._DisableFuncTorch():
+        mask = F.dropout(torch.ones(sizes, dtype=input.dtype, device=input.device), p)
     return input * mask.permute([order.index(dim) for dim in range(input.dim())])

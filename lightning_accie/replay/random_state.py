@@ -102,6 +102,21 @@ def equal(left: RandomState, right: RandomState) -> bool:
     )
 
 
+def seed(number: int, *, cuda: torch.device | None = None) -> None:
+    """Seed what `capture` reads, and nothing else: `torch.manual_seed` would seed every GPU as well.
+
+    Args:
+        number: the seed.
+        cuda: also seed this device's generator.
+    """
+    torch.default_generator.manual_seed(number)
+    if cuda is not None:
+        with torch.cuda.device(cuda):
+            torch.cuda.manual_seed(number)
+    np.random.seed(number)  # noqa: NPY002
+    random.seed(number)
+
+
 @contextmanager
 def isolated(cuda: torch.device | None = None) -> Iterator[None]:
     """Leave every generator as it was found.

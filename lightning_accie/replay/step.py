@@ -135,7 +135,8 @@ class StepMap:
         Returns:
             ``[K, N]``: 0 where the place holds what is removed, else 1.
         """
-        return self.ones() * ~self._removes(removed)
+        ones = self.ones()
+        return ones * ~self._removes(removed).to(ones.device)
 
     def _removes(self, removed: Tensor) -> Tensor:
         """Which of the places each counterfactual leaves out, ``[K, N]`` bool."""
@@ -290,6 +291,7 @@ class StepMap:
         """Add -g_k to ``shift``, and -H_kΔ_k times a factor into ``curved``, at some rows."""
         if not len(rows) or not self.used:
             return
+        places = rows.to(shift[self.used[0]].device)
         if factors is None:
             first = self.removed_gradients(state.params, removed[rows])
         else:
@@ -297,9 +299,9 @@ class StepMap:
             first, second = self.leaving_out(state.params, moved, removed[rows])
             for name, value in second.items():
                 scale = factors.to(value).view(-1, *[1] * (value.dim() - 1))
-                curved[name].index_add_(0, rows, value * scale)
+                curved[name].index_add_(0, places, value * scale)
         for name, value in first.items():
-            shift[name].index_add_(0, rows, value)
+            shift[name].index_add_(0, places, value)
 
     def _gradient_for_update(self, state: State) -> Params:
         """∇L at w = 1 where U's derivative depends on it, else a placeholder."""

@@ -56,6 +56,7 @@ QUERY = "tests/test_query.py"
 PAGE = "tests/reports/test_html.py"
 BROWSER = "tests/reports/test_html_browser.py"
 LIVE = "tests/test_live.py"
+DEVICES = "tests/test_devices.py"
 LOGGERS = "tests/reports/test_loggers.py"
 SAMPLES = "tests/reports/test_samples.py"
 CLI = "tests/test_cli.py"
@@ -177,6 +178,27 @@ MUTATIONS = [
         "            random.restore(self._cuda)\n        self.trainer.stand_at",
         "            pass\n        self.trainer.stand_at",
         BITS,
+    ),
+    Mutation(
+        "what a step leaves out is told on the CPU",
+        "replay/step.py",
+        "ones * ~self._removes(removed).to(ones.device)",
+        "ones * ~self._removes(removed)",
+        DEVICES,
+    ),
+    Mutation(
+        "NAdam's product of momenta begins on the CPU",
+        "replay/adaptive_rules.py",
+        "torch.ones((), dtype=_scalar_dtype(), device=param.device)",
+        "torch.ones((), dtype=_scalar_dtype())",
+        DEVICES,
+    ),
+    Mutation(
+        "vmap draws dropout",
+        "replay/operators.py",
+        "(input.is_contiguous() and input.is_cpu)",
+        "input.is_contiguous()",
+        DEVICES,
     ),
     Mutation(
         "the replayed step sees no epoch",
