@@ -16,7 +16,6 @@ from lightning_accie.replay.batches import BatchCache
 from lightning_accie.trajectory.records import MicroBatch, Piece
 from tests.problems import Classifier, classification, record, sgd, smooth_net
 
-
 MICRO = MicroBatch((Piece(0, np.arange(3)),), 0, 0, 0, 0.5, 1, draws=False)
 
 
