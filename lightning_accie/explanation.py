@@ -182,7 +182,9 @@ def one_by_one(batch: Any) -> DataLoader[Any]:
         with warnings.catch_warnings():  # texts beside tensors are no reason to doubt
             warnings.simplefilter("ignore")
             size = extract_batch_size(batch)
-        parts = take_apart(batch, [size])
+        # Two queries of two fields are not a list of two samples: a list here is a batch's fields.
+        named = type(batch) in (list, tuple) and len(batch) == size
+        parts = take_apart(dict(enumerate(batch)) if named else batch, [size])
     except (RuntimeError, UnsupportedError, ValueError) as error:
         raise QueryError(f"{_NO_SAMPLES} ({error})") from error
     form = Form(parts.form)
@@ -198,6 +200,8 @@ def one_by_one(batch: Any) -> DataLoader[Any]:
         )
         for place in range(size)
     ]
+    if named:
+        batches = [type(batch)(one.values()) for one in batches]
     return DataLoader(batches, batch_size=None, collate_fn=_as_it_is)  # type: ignore[arg-type]
 
 

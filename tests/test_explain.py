@@ -92,6 +92,15 @@ def test_each_query_is_answered_as_if_it_were_the_only_one(
         assert float(found.value[place]) == pytest.approx(alone.info["query_value"], rel=1e-12)
 
 
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_as_many_queries_as_fields(tmp_path: Path, kind: type) -> None:
+    engine = engine_of(tmp_path, Classifier(smooth_net(), sgd()))
+    x, y = batch()
+    whole = engine.explain([x, y], verify=0)
+    two = engine.explain(kind([x[:2], y[:2]]), verify=0)
+    torch.testing.assert_close(two.influence, whole.influence[:2], rtol=1e-9, atol=1e-14)
+
+
 def test_the_mean_of_the_queries_is_the_query_of_their_mean(tmp_path: Path) -> None:
     engine = engine_of(tmp_path, Classifier(smooth_net(), sgd()))
     x, y = batch()
