@@ -224,7 +224,7 @@ def table(rows: list[dict[str, Any]], problem: Problem) -> str:
     ]
     mean, half = mean_and_half(np.array(whole))
     lines = [
-        f"| {problem.name}: {mean:.2f} ± {half:.2f} % | "
+        f"| {problem.name}, {len(whole)} repetitions: {mean:.2f} ± {half:.2f} % | "
         + " | ".join(f"{drop:,} dropped" for drop in drops)
         + " |",
         "|---|" + "---|" * len(drops),
@@ -257,8 +257,9 @@ def figure(rows: list[dict[str, Any]], path: Path) -> None:
             axis.errorbar(drops, means, halves, marker="o", ms=3, lw=1, capsize=2, label=method)
         axis.axhline(0, color="grey", lw=0.8)
         axis.set(title=problem.name, xscale="log", xlabel="samples dropped")
+        axis.set_yscale("symlog", linthresh=1.0, linscale=2.0)
     axes[0][0].set_ylabel("change of the test error, points")
-    axes[0][-1].legend(fontsize=7)
+    axes[0][-1].legend(fontsize=7, loc="upper left")
     fig.tight_layout()
     fig.savefig(path, metadata={"Date": None})
 
@@ -287,12 +288,11 @@ def main() -> None:
                 file.write("".join(json.dumps(row) + "\n" for row in found))
             rows += found
     there = [p for p in PROBLEMS if any(row["data"] == p.name for row in rows)]
-    seeds = len({row["seed"] for row in rows})
     text = "\n\n".join(
         [
             *(table(rows, problem) for problem in there),
             "Change of the test error in percentage points, against training on everything from the "
-            f"same seed; the first cell has that error. Means over {seeds} repetitions and their 95 % "
+            "same seed; the first cell has that error. Means over the repetitions and their 95 % "
             f"intervals (Student's t). {machine()}.",
         ]
     )
