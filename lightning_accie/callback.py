@@ -24,12 +24,12 @@ from lightning_accie.estimators.room import MemoryBudget, check_room, used_by
 from lightning_accie.live import LiveView, check_live
 from lightning_accie.progress import close_bar, progress_like
 from lightning_accie.query import QueryFunction
+from lightning_accie.rendered import Render
 from lightning_accie.replay.module import SampleLosses
 from lightning_accie.replay.walker import Visit, Walker
 from lightning_accie.reports import render_strongest, report_all
 from lightning_accie.reports.html.beside import write_beside
 from lightning_accie.reports.report import Report
-from lightning_accie.reports.samples import Render
 from lightning_accie.scores import InfluenceScores
 from lightning_accie.scores_files import CSV_FILE, REPORT_FILE
 from lightning_accie.trajectory.files import FOLDER, MANIFEST

@@ -213,7 +213,7 @@ def _print_comparison(found: Comparison) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from lightning_accie.reports.words import clean
+    from lightning_accie.rendered import clean
 
     console = _console()
     estimates = (

@@ -335,7 +335,7 @@ class InfluenceEngine:
             replay = self._replay(query, query_dataloader, at)
             value = self._finite(replay)
             used = used_by(chosen, layers, verify=verify)
-            replay = divided(replay, self._budget, used)
+            replay = divided(replay, self._budget, used, rank_zero_info)
             ladder = choose_ways(replay)
             tell = rank_zero_info if ladder.reasons else rank_zero_debug
             tell(f"Influence analysis: {ladder.sentence()}")
@@ -418,7 +418,7 @@ class InfluenceEngine:
                 raise QueryError("The DataLoader given to `explain` has no batch.")
             self._finite(replay)
             used = [chosen, *([LeaveOneOut()] if verify else [])]
-            replay = divided(replay, self._budget, used)
+            replay = divided(replay, self._budget, used, rank_zero_info)
             replay.query.gradient(
                 replay.final.state.visible
             )  # one sample may have no slope, not all
@@ -472,7 +472,7 @@ class InfluenceEngine:
             names, sets = members_of(groups, replay, self.sample, length)
             self._finite(replay)
             used = [SgdIE(), *([AccSgdIE()] if acc else []), *([LeaveOneOut()] if exact else [])]
-            replay = divided(replay, self._budget, used)
+            replay = divided(replay, self._budget, used, rank_zero_info)
             choose_ways(replay)
             for estimator in (SgdIE(), *([AccSgdIE()] if acc else [])):
                 check_derivatives(estimator.probe, replay.walker.first_loss())

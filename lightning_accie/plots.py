@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lightning_accie.rendered import Render, Rendered, as_text, render_samples
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from lightning_accie.images import ReadSample
-    from lightning_accie.reports.samples import Render, Rendered
     from lightning_accie.scores import InfluenceScores
 
 KINDS = ("histogram", "agreement", "examples")
@@ -98,8 +99,6 @@ def _examples(
     render: Render | None,
     make: Callable[..., Figure],
 ) -> Figure:
-    from lightning_accie.reports.samples import render_samples  # which has scores to report
-
     if sample is None:
         raise ValueError(
             '`plot("examples")` needs the samples: pass `sample=dataset.__getitem__`, or an engine\'s '
@@ -129,8 +128,6 @@ def _examples(
 
 
 def _example(axes: Axes, top: InfluenceScores, place: int, shown: Rendered) -> None:
-    from lightning_accie.reports.samples import as_text
-
     if shown.image is not None:
         grey = shown.image.shape[-1] == 1
         axes.imshow(shown.image.squeeze(), cmap="gray" if grey else None)

@@ -19,6 +19,7 @@ from lightning_accie.groups import GroupScores, summed_by
 from lightning_accie.images import ReadSample
 from lightning_accie.notebook import html_of
 from lightning_accie.plots import plot
+from lightning_accie.rendered import Render
 from lightning_accie.scores_files import (
     JSON_FILE,
     ScoresError,
@@ -32,8 +33,6 @@ from lightning_accie.scores_files import (
 if TYPE_CHECKING:
     import pandas
     from matplotlib.figure import Figure
-
-    from lightning_accie.reports.samples import Render
 
 CSV_HEADER = ("rank", "index", "influence", "visits", "estimator", "exact_influence")
 

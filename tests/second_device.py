@@ -6,7 +6,7 @@ devices; numbers without a dimension, and indices, may come from the CPU. Its dr
 draws otherwise than ``bernoulli_``, as CUDA's is. So what holds here holds for CUDA as far as the
 package's own arithmetic goes: no tensor is left behind, and nothing depends on where it is computed.
 
-Importing it changes this process for good; `tests.second_device_runs` is what the tests start.
+It changes its process for good, so that `tests.second_device_runs` alone imports it.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ ORDER = (
     ("trajectory",),
     ("agreement", "images"),
     ("replay",),
-    ("data", "logged"),
+    ("data", "logged", "rendered"),
     ("query",),
     ("estimators",),
     ("accounts", "groups", "ranking", "scores_files", "embeddings_files", "unfinished"),

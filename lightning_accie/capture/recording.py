@@ -30,10 +30,10 @@ from lightning_accie.described import Describe
 from lightning_accie.errors import InfluenceError, TrajectoryError, UnsupportedError
 from lightning_accie.processes import Processes
 from lightning_accie.query import QueryFunction, check_query
+from lightning_accie.rendered import Render
 from lightning_accie.replay.batches import Batches
 from lightning_accie.replay.module import SampleLosses, TrainingProgram
 from lightning_accie.replay.walker import Snapshot, Visit
-from lightning_accie.reports.samples import Render
 from lightning_accie.scores_files import remove_scores
 from lightning_accie.trajectory.files import FOLDER
 from lightning_accie.trajectory.ranks import merged_step

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning_accie.capture.stretch import Stretch
 from lightning_accie.described import Describe, described
 from lightning_accie.errors import ReplayMismatchError, UnsupportedError
+from lightning_accie.rendered import Render, render_samples
 from lightning_accie.replay import random_state
 from lightning_accie.replay.batches import Batches
 from lightning_accie.replay.data_check import compare_data
@@ -24,7 +25,6 @@ from lightning_accie.replay.module import SampleLosses, TrainingProgram
 from lightning_accie.replay.probe import check_derivatives, find_loss_form
 from lightning_accie.replay.state import State
 from lightning_accie.replay.walker import Snapshot, Visit, Walker
-from lightning_accie.reports.samples import Render, render_samples
 
 CACHE = 2**26
 """Bytes of memory that the check may take."""

@@ -12,12 +12,11 @@ parameter sets take a quarter at most, has it before and after the estimator's w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_accie.errors import UnsupportedError
 from lightning_accie.estimators.base import Estimator, Replay, Unasked
@@ -55,13 +54,19 @@ class MemoryBudget:
         return cls(_AUTOMATIC if automatic else parse_bytes(given), grows=automatic)
 
 
-def divided(replay: Replay, budget: MemoryBudget, estimators: Sequence[Estimator]) -> Replay:
+def divided(
+    replay: Replay,
+    budget: MemoryBudget,
+    estimators: Sequence[Estimator],
+    tell: Callable[[str], None],
+) -> Replay:
     """Give the estimators their room, and the kept batches theirs.
 
     Args:
         replay: the run.
         budget: for all of the analysis.
         estimators: those that will be used.
+        tell: is told where the budget has grown.
 
     Returns:
         The run with that room.
@@ -82,7 +87,7 @@ def divided(replay: Replay, budget: MemoryBudget, estimators: Sequence[Estimator
             f'`memory_budget="{ceil(least / 1e6)}MB"` or more.'
         )
     if least > memory_budget:
-        rank_zero_info(
+        tell(
             f"Influence analysis: takes {format_bytes(least)} of memory, the least that `{name}` can "
             "do with on this run. With more (`memory_budget=`) it is faster."
         )
@@ -123,4 +128,4 @@ def check_room(walker: Walker, budget: MemoryBudget, estimators: Sequence[Estima
         return
     none = torch.zeros(0, dtype=torch.int64)
     run = Replay(walker, Unasked(), none, none, none, none, walker.final(), budget.size)
-    divided(run, budget, estimators)
+    divided(run, budget, estimators, lambda _: None)

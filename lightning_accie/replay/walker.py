@@ -222,13 +222,14 @@ class Walker:
         """Walk from s_{T-1} down to s_0, recomputing segments that do not fit the memory budget.
 
         Args:
-            kept: what `forwards` kept of the whole run; used up.
+            kept: what `forwards` kept of the whole run; used up. An empty one is as none.
             before: without that, begin at the step before this one.
 
         Yields:
             Every step, the last one first.
         """
-        kept = Kept(anchors=[self.start()]) if kept is None else kept
+        if kept is None or not (kept.visits or kept.anchors):
+            kept = Kept(anchors=[self.start()])
         stop = (len(self) if before is None else before) - len(kept.visits)
         yield from self._popped(kept.visits)
         while kept.anchors:

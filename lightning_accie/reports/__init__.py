@@ -8,12 +8,12 @@ from typing import Any
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
 from lightning_accie.images import ReadSample
+from lightning_accie.rendered import Render, Rendered, render_samples
 from lightning_accie.reports import comet, csv, generic, mlflow, neptune, tensorboard, wandb, words
 from lightning_accie.reports.console import print_report
 from lightning_accie.reports.metrics import live_scalars
 from lightning_accie.reports.namespaces import namespace_of
 from lightning_accie.reports.report import Report
-from lightning_accie.reports.samples import Render, Rendered, render_samples
 from lightning_accie.scores import InfluenceScores
 
 _READERS = {

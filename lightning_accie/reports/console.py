@@ -12,6 +12,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from lightning_accie.rendered import clean
 from lightning_accie.reports import words
 from lightning_accie.scores import InfluenceScores
 
@@ -92,7 +93,7 @@ class _Report:
         return [_table(title, top, style, own) for title, top, style in self.sides]
 
     def _left_out(self, own: Sequence[str]) -> list[str]:
-        missing = [words.clean(name) for name in self.scores.columns if name not in own]
+        missing = [clean(name) for name in self.scores.columns if name not in own]
         if not missing:
             return []
         return [f"Not shown, for lack of width: {', '.join(missing)} (to_csv() has all columns)."]
@@ -115,9 +116,7 @@ def _table(title: str, top: InfluenceScores, style: str, own: Sequence[str]) -> 
         )
     for name in own:
         texts = any(isinstance(value, str) for value in top.columns[name])
-        table.add_column(
-            Text(words.clean(name)), justify="left" if texts else "right", no_wrap=True
-        )
+        table.add_column(Text(clean(name)), justify="left" if texts else "right", no_wrap=True)
     columns = {name: top.columns[name] for name in own}
     for row in words.cells(replace(top, columns=columns)):
         table.add_row(*(Text(cell) for cell in row))

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lightning_accie.reports.samples import Rendered, as_text
+from lightning_accie.rendered import Rendered, as_text
 from lightning_accie.scores import InfluenceScores
 
 IMAGE = "image"

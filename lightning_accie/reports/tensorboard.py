@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from lightning_accie.rendered import clean
 from lightning_accie.reports import words
 from lightning_accie.reports.metrics import scalars
 from lightning_accie.reports.report import Report
@@ -65,12 +66,12 @@ def table(top: InfluenceScores, title: str, logger: Any, name: str, step: int) -
 def _caption(row: list[str], top: InfluenceScores) -> str:
     place, index, influence, *_ = row
     own = zip(top.columns, row[len(words.COLUMNS) :], strict=True)
-    told = [f"{words.clean(name)}={value}" for name, value in own if value]
+    told = [f"{clean(name)}={value}" for name, value in own if value]
     return " ".join([f"{int(place):02d} sample {index} {influence}", *told[:_TOLD]])
 
 
 def _markdown(title: str, top: InfluenceScores, shown: dict[str, list[str]]) -> str:
-    header = [*words.COLUMNS, *(words.clean(name) for name in top.columns), *shown]
+    header = [*words.COLUMNS, *(clean(name) for name in top.columns), *shown]
     rows = zip(words.cells(top), *shown.values(), strict=True)
     lines = [header, *([*row, *of_the_sample] for row, *of_the_sample in rows)]
     lines = [[_escaped(cell) for cell in line] for line in lines]

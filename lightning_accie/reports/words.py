@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning_accie.agreement import Agreement
+from lightning_accie.rendered import clean
 from lightning_accie.scores import InfluenceScores
 
 COLUMNS = ("#", "sample", "influence", "exact", "visits")
@@ -201,19 +202,6 @@ def _may_be_chance(found: Agreement) -> bool:
     if n < _ENOUGH or math.isnan(found.kendall_tau):
         return False
     return found.kendall_tau < 2 * math.sqrt(2 * (2 * n + 5) / (9 * n * (n - 1)))
-
-
-def clean(text: Any) -> str:
-    """Make a text fit for one line of a terminal or a table.
-
-    Args:
-        text: whatever the user's column holds.
-
-    Returns:
-        The text on one line, with ``�`` for control characters and undecodable bytes.
-    """
-    words = " ".join(str(text).split())
-    return "".join(letter if letter.isprintable() else "\ufffd" for letter in words)
 
 
 def _cell(value: Any) -> str:

@@ -237,7 +237,7 @@ def test_the_choice_is_logged_with_its_reason(
     with caplog.at_level("INFO"):
         info = engine.estimate(estimator="acc-sgd-ie", verify=2).info
     lines = [line for line in caplog.messages if line.startswith("Influence analysis:")]
-    assert len(lines) == 2  # the second says what will be done
+    assert len(lines) == 3  # the others say what will be done
     assert "huber_loss" in lines[0]
     assert "by double-backward" in lines[0]
     assert info["tangent_product"] == info["hessian_product"] == "double-backward"

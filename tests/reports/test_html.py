@@ -14,8 +14,14 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from lightning_accie import InfluenceCallback, InfluenceEngine, InfluenceScores, write_report
-from lightning_accie.reports import samples
+from lightning_accie import (
+    InfluenceCallback,
+    InfluenceEngine,
+    InfluenceScores,
+    rendered,
+    write_report,
+)
+from lightning_accie.rendered import render_samples
 from lightning_accie.reports.html import figures, page
 from lightning_accie.reports.html.samples import (
     ExamplesError,
@@ -25,7 +31,6 @@ from lightning_accie.reports.html.samples import (
     write_examples,
 )
 from lightning_accie.reports.html.table import own_column, table
-from lightning_accie.reports.samples import render_samples
 from tests.problems import Classifier, classification, quiet_trainer, sgd, smooth_net
 from tests.score_examples import INF, NAN, doubles, small_scores
 
@@ -312,7 +317,7 @@ def test_reading_samples_leaves_the_random_state() -> None:
 def test_without_pillow_there_are_no_pictures_and_a_warning(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(samples, "find_spec", lambda name: None)
+    monkeypatch.setattr(rendered, "find_spec", lambda name: None)
     with pytest.warns(UserWarning, match=r"lightning_accie\[report\]"):
         assert picture_of(torch.rand(3, 8, 8)) == ""
 

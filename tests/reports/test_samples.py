@@ -12,11 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-from lightning_accie import InfluenceCallback, RenderError, write_report
-from lightning_accie.reports import samples
+from lightning_accie import InfluenceCallback, RenderError, rendered, write_report
+from lightning_accie.rendered import Rendered, render_samples
 from lightning_accie.reports.html.samples import read_examples
 from lightning_accie.reports.report import Report
-from lightning_accie.reports.samples import Rendered, render_samples
 from tests.problems import Classifier, classification, fit, sgd, smooth_net
 from tests.score_examples import small_scores
 
@@ -111,7 +110,7 @@ def test_a_render_that_fails_is_told_with_the_sample() -> None:
 
 
 def test_without_pillow_the_rest_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(samples, "find_spec", lambda name: None)
+    monkeypatch.setattr(rendered, "find_spec", lambda name: None)
     with pytest.warns(UserWarning, match=r"pip install 'lightning_accie\[report\]'"):
         found = shown((torch.rand(64, 64), "a text"))
     assert found == Rendered(text="a text")

@@ -350,8 +350,8 @@ MUTATIONS = [
     Mutation(
         "duplicate draws: only the first place of a sample is left out",
         "replay/step.py",
-        "return self.ones() * ~self._removes(removed)",
-        "hit = self._removes(removed)\n        return self.ones() * ~(hit & (hit.cumsum(1) == 1))",
+        "return ones * ~self._removes(removed).to(ones.device)",
+        "hit = self._removes(removed)\n        return ones * ~(hit & (hit.cumsum(1) == 1))",
         "tests/test_loaders.py",
     ),
     Mutation(
@@ -414,7 +414,7 @@ MUTATIONS = [
     Mutation(
         "ACC-SGD-IE: no correction by the sample's own curvature",
         "replay/step.py",
-        "                curved[name].index_add_(0, rows, value * scale)\n",
+        "                curved[name].index_add_(0, places, value * scale)\n",
         "                scale = 0.0\n",
         EXACT,
     ),
@@ -780,7 +780,7 @@ MUTATIONS = [
     ),
     Mutation(
         "what render= returns is not looked at",
-        "reports/samples.py",
+        "rendered.py",
         "image = None if isinstance(found, Sequence) else as_image(found)",
         "image = as_image(found)",
         SAMPLES,

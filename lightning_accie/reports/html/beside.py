@@ -7,9 +7,9 @@ from pathlib import Path
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
+from lightning_accie.rendered import Rendered
 from lightning_accie.reports.html.page import write_report
 from lightning_accie.reports.html.samples import Shown, in_a_page, write_examples
-from lightning_accie.reports.samples import Rendered
 from lightning_accie.scores import InfluenceScores
 from lightning_accie.scores_files import EXAMPLES_FILE, REPORT_FILE
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lightning_accie.reports.words import clean
+from lightning_accie.rendered import clean
 from lightning_accie.scores import InfluenceScores
 from lightning_accie.scores_files import REPORT_FILE
 from lightning_accie.trajectory.files import FOLDER

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from lightning_accie.rendered import clean
 from lightning_accie.reports.html.table import own_column
-from lightning_accie.reports.words import clean
 from lightning_accie.scores import InfluenceScores
 
 _BARS_A_SIDE = 25

@@ -17,11 +17,11 @@ from markupsafe import Markup
 
 from lightning_accie.agreement import Agreement
 from lightning_accie.images import ReadSample
+from lightning_accie.rendered import Render, clean, render_samples
 from lightning_accie.reports import words
 from lightning_accie.reports.html import commands, figures
 from lightning_accie.reports.html.samples import Shown, in_a_page
 from lightning_accie.reports.html.table import table
-from lightning_accie.reports.samples import Render, render_samples
 from lightning_accie.scores import InfluenceScores
 from lightning_accie.scores_files import CSV_FILE
 from lightning_accie.trajectory.files import write
@@ -194,9 +194,7 @@ def _cards(top: InfluenceScores, shown: Mapping[int, Shown]) -> list[Card]:
             trusted=bool(top.trusted[place]),
             visits=visits,
             shown=shown.get(index, Shown()),
-            own=tuple(
-                (words.clean(n), _figure(column[place])) for n, column in top.columns.items()
-            ),
+            own=tuple((clean(n), _figure(column[place])) for n, column in top.columns.items()),
         )
         for place, (index, rank, visits) in enumerate(rows)
     ]
@@ -216,13 +214,13 @@ def _facts(scores: InfluenceScores) -> Iterator[tuple[str, str]]:
     info = scores.info
     for key, name in (("module", "module"), ("optimizer", "optimiser")):
         if info.get(key):
-            yield name, words.clean(info[key]).rpartition(".")[2]
+            yield name, clean(info[key]).rpartition(".")[2]
     if info.get("precision"):
-        yield "precision", words.clean(info["precision"])
+        yield "precision", clean(info["precision"])
     if info.get("samples"):
         yield "training examples", f"{info['samples']}, of which {len(scores)} were drawn"
     if info.get("estimator"):
-        yield "estimator", words.clean(info["estimator"])
+        yield "estimator", clean(info["estimator"])
     yield "replayed exactly", f"{scores.replayed} of {len(scores)}"
     if info.get("seconds"):
         yield "analysis", f"{sum(info['seconds'].values()):.0f} s"
@@ -244,7 +242,7 @@ def _figure(value: Any) -> str:
     if value is None:
         return ""
     if not isinstance(value, float):
-        return words.clean(value)
+        return clean(value)
     return "–" if math.isnan(value) else f"{value:.4g}"
 
 

@@ -1,4 +1,4 @@
-"""What `reports.samples` shows of a training sample, in a page and in ``examples.json``.
+"""What `rendered` shows of a training sample, in a page and in ``examples.json``.
 
 ``examples.json`` keeps this of the strongest samples, so that a report can be made again without the
 data. It is JSON:
@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 
 from lightning_accie.errors import InfluenceError
+from lightning_accie.rendered import Rendered, as_text
 from lightning_accie.reports.report import as_picture
-from lightning_accie.reports.samples import Rendered, as_text
 from lightning_accie.scores_files import EXAMPLES_FILE
 from lightning_accie.trajectory.files import read_regular, write
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from lightning_accie.reports.words import clean
+from lightning_accie.rendered import clean
 from lightning_accie.scores import InfluenceScores
 
 MOST_GROUPS = 60

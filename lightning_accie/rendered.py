@@ -18,7 +18,6 @@ from torch import Tensor
 from lightning_accie.errors import RenderError
 from lightning_accie.images import ReadSample, as_image
 from lightning_accie.replay import random_state
-from lightning_accie.reports.words import clean
 
 Render = Callable[[Any], Any]
 """``render(sample)``: a picture, a text, or a dict of named values."""
@@ -82,6 +81,19 @@ def as_text(value: Plain) -> str:
         A float with four digits, anything else as it is.
     """
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def clean(text: Any) -> str:
+    """Make a text fit for one line of a terminal or a table.
+
+    Args:
+        text: whatever the user's column holds.
+
+    Returns:
+        The text on one line, with ``�`` for control characters and undecodable bytes.
+    """
+    words = " ".join(str(text).split())
+    return "".join(letter if letter.isprintable() else "\ufffd" for letter in words)
 
 
 # ---------------------------------------------------------------------- by the user's own function
