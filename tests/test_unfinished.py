@@ -253,7 +253,8 @@ def test_an_automatic_ranking_goes_on_after_ctrl_c(
     engine = engine_in(tmp_path)
     whole = engine.estimate(verify=8, top_k=5)
     walked: list[Any] = []
-    monkeypatch.setattr(SgdIE, "_begun", _noted(SgdIE._begun, walked))
+    begun = _noted(sgd_ie.WalkBack.begun, walked)
+    monkeypatch.setattr(sgd_ie.WalkBack, "begun", begun)
     seen = fails_after(monkeypatch, LeaveOneOut, "carry", 1, KeyboardInterrupt())
     assert engine.estimate(verify=8, top_k=5).info["interrupted"]
     assert len(walked) == 1

@@ -154,9 +154,8 @@ class EmbeddingEstimator(Estimator):
         rest = max(1, (replay.memory_budget - need) // 2)  # half for a step, half for the walk
         replay = replace(replay, walker=replay.walker.within(rest))
         gradients = ProjectedGradients(projection, self.curvature, rest)
-        if first is not None:
-            _check(first)
-            gradients(first)
+        _check(first)
+        gradients(first)
         return self._walk(replay, projection, gradients)
 
     @abstractmethod

@@ -211,7 +211,7 @@ class SgdIE(Estimator):
         if explicit is not self:
             return explicit.estimate(replay)
         names = followed(self.layers, replay.trainable)
-        walk = self._resumed(replay, names) or self._begun(replay, names)
+        walk = self._resumed(replay, names) or WalkBack.begun(replay, names)
         keep = Regularly(KEEP_EVERY)
         with replay.progress.task(self._description(), walk.step) as advance:
             for visit in walker_of(replay).backwards(before=walk.step):
@@ -257,9 +257,6 @@ class SgdIE(Estimator):
         like = replay.final.state.only(names)
         walks = [WalkBack.of(kept, like) for kept in replay.kept.parts(self.key)]
         return min(walks, key=lambda walk: walk.step, default=None)
-
-    def _begun(self, replay: Replay, names: Collection[str] | None) -> WalkBack:
-        return WalkBack.begun(replay, names)
 
     def probe(self, visit: Visit) -> None:
         """Pull a cotangent back through one step."""
