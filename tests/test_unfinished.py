@@ -21,7 +21,6 @@ from lightning_accie import (
     InfluenceScores,
     LeaveOneOut,
     LowRankAccSgdIE,
-    SgdIE,
 )
 from lightning_accie import unfinished as room
 from lightning_accie.estimators import chunks, low_rank, sgd_ie
